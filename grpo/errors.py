@@ -1,0 +1,51 @@
+"""Everything the toolkit raises on purpose, sorted by who can act.
+
+GrpoError
+├── InputError          the user: exit code 2, nothing written
+│   ├── ConfigError     a recipe key or value
+│   ├── DatasetError    the prompts
+│   ├── ModelError      the model's name, folder or package
+│   └── CheckpointError a checkpoint is damaged or belongs to another recipe
+└── RunStopped          the run cannot go on and must not guess: exit code 1
+    ├── NonFiniteUpdate     loss or gradient is NaN or infinite
+    └── TooFewVerdicts      too many completions went unscored
+
+"""
+
+from __future__ import annotations
+
+
+class GrpoError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class InputError(GrpoError):
+    """What the user gave cannot be used. The message says what was wrong, what was expected and what to do."""
+
+
+class ConfigError(InputError):
+    """A recipe key or value is wrong."""
+
+
+class DatasetError(InputError):
+    """The prompts cannot be read or used."""
+
+
+class ModelError(InputError):
+    """The model cannot be found or loaded."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint is damaged, missing, or belongs to another recipe."""
+
+
+class RunStopped(GrpoError):
+    """The run cannot go on, and going on would be a guess."""
+
+
+class NonFiniteUpdate(RunStopped):
+    """The loss or a gradient is NaN or infinite; no optimizer step was taken on it."""
+
+
+class TooFewVerdicts(RunStopped):
+    """More completions of an objective went unscored than the recipe allows."""
