@@ -97,14 +97,18 @@ def describe_exception(exc: BaseException) -> str:
 
 
 async def _call(reward: AnyReward, inputs: list[RewardInput]) -> Any:
-    function: Any = getattr(reward, "score", None) or reward
-    if not callable(function):
-        raise TypeError(f"{type(reward).__name__} is not a reward: it has no score() and is not callable")
-    is_async: bool = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-    if is_async:
+    function = _function_of(reward)
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         return await function(inputs)
     answer = await asyncio.to_thread(_call_in_thread, function, inputs)
     return await answer if inspect.isawaitable(answer) else answer
+
+
+def _function_of(reward: AnyReward) -> Any:
+    function = getattr(reward, "score", None) or reward
+    if not callable(function):
+        raise TypeError(f"{type(reward).__name__} is not a reward: it has no score() and is not callable")
+    return function
 
 
 def _call_in_thread(function: Callable[[list[RewardInput]], Any], inputs: list[RewardInput]) -> Any:
