@@ -27,10 +27,10 @@ find_python() {
 
 make_venv() {
   local python
-  if .venv/bin/python -m pip --version >/dev/null 2>&1; then return; fi
+  if .venv/bin/python -m pip --version >/dev/null 2>&1; then return; fi  # without pip it is half made: finished in place below
   python=$(find_python)
   echo "Making .venv with $("$python" --version)"
-  "$python" -m venv --clear .venv ||
+  "$python" -m venv .venv ||
     fail "$python cannot make a virtual environment. Install its venv module (on Debian and Ubuntu: python3-venv)."
 }
 
