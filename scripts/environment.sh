@@ -27,7 +27,7 @@ find_python() {
 
 make_venv() {
   local python
-  if .venv/bin/python -m pip --version >/dev/null 2>&1; then return; fi  # without pip it is half made: finished in place below
+  if .venv/bin/python -m pip --version >/dev/null 2>&1; then return; fi # without pip it is half made: finished below
   python=$(find_python)
   echo "Making .venv with $("$python" --version)"
   "$python" -m venv .venv ||

@@ -53,9 +53,9 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
-        bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=backend.token_to_id("<|pad|>"),
+        bos_token_id=backend.token_to_id("<|im_start|>"),
+        eos_token_id=backend.token_to_id("<|im_end|>"),
     )
     folder = tmp_path_factory.mktemp("tiny_model")
     with torch.random.fork_rng(devices=[]):

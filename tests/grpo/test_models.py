@@ -375,6 +375,10 @@ def visible(parent: Path) -> list[str]:
     return sorted(path.name for path in parent.iterdir() if not path.name.endswith(".lock"))
 
 
+def write_whole(folder: Path) -> None:
+    (folder / "whole").write_text("whole")
+
+
 def test_a_write_that_fails_leaves_nothing_and_the_next_one_succeeds(tmp_path: Path) -> None:
     def fail_halfway(folder: Path) -> None:
         (folder / "half").write_text("half")
@@ -384,7 +388,7 @@ def test_a_write_that_fails_leaves_nothing_and_the_next_one_succeeds(tmp_path: P
     with pytest.raises(RuntimeError, match="halfway"):
         write_folder_once(target, fail_halfway)
     assert visible(tmp_path) == []
-    write_folder_once(target, lambda folder: (folder / "whole").write_text("whole") and None)
+    write_folder_once(target, write_whole)
     assert visible(target) == ["whole"]
 
 
@@ -401,7 +405,7 @@ write_folder_once(pathlib.Path(sys.argv[1]), write)
     assert run_python(code, target).returncode == -9
     assert not target.exists()
     assert len(visible(tmp_path)) == 1  # the dead process's partial folder, under another name
-    write_folder_once(target, lambda folder: (folder / "whole").write_text("whole") and None)
+    write_folder_once(target, write_whole)
     assert visible(target) == ["whole"]
     assert visible(tmp_path) == ["folder"]  # and what it left is gone
 
