@@ -1,0 +1,53 @@
+"""Ask a model for a verdict on a text. Knows no RL and no torch; httpx is imported by `clients.openai_chat` alone."""
+
+from judges.audit import AuditLog
+from judges.clients.base import JudgeClient
+from judges.clients.scripted import ScriptedClient
+from judges.config import EndpointConfig, JudgeConfig, ScaleConfig
+from judges.errors import (
+    AuditFailed,
+    InvalidVerdict,
+    JudgeConfigError,
+    JudgeError,
+    JudgeRefused,
+    JudgeRejected,
+    JudgeTimeout,
+    JudgeUnavailable,
+)
+from judges.pool import JudgePool
+from judges.types import (
+    ChatReply,
+    ChatRequest,
+    Failed,
+    Judgement,
+    JudgeRequest,
+    Message,
+    Scored,
+    Usage,
+)
+
+__all__ = [
+    "AuditFailed",
+    "AuditLog",
+    "ChatReply",
+    "ChatRequest",
+    "EndpointConfig",
+    "Failed",
+    "InvalidVerdict",
+    "JudgeClient",
+    "JudgeConfig",
+    "JudgeConfigError",
+    "JudgeError",
+    "JudgePool",
+    "JudgeRefused",
+    "JudgeRejected",
+    "JudgeRequest",
+    "JudgeTimeout",
+    "JudgeUnavailable",
+    "Judgement",
+    "Message",
+    "ScaleConfig",
+    "Scored",
+    "ScriptedClient",
+    "Usage",
+]

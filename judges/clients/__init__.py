@@ -1,0 +1,1 @@
+"""Ways to reach a judge. Import the one you need: `judges.clients.openai_chat` alone imports httpx."""
