@@ -9,7 +9,6 @@ GrpoError
 └── RunStopped          the run cannot go on and must not guess: exit code 1
     ├── NonFiniteUpdate     loss or gradient is NaN or infinite
     └── TooFewVerdicts      too many completions went unscored
-
 """
 
 from __future__ import annotations

@@ -1,0 +1,5 @@
+"""`python -m grpo` is the command `grpo`."""
+
+from grpo.cli import main
+
+main()

@@ -1,0 +1,175 @@
+"""Saves and restores a run: weights, optimizer, betas, step. Safetensors and JSON only; no pickle is ever read.
+
+A checkpoint is written into a temporary folder, every file synced, the manifest last, and then renamed: a folder
+called step-N is whole, and its manifest's hashes say so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grpo.errors import CheckpointError
+from grpo.update.step import Updater
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    step: int
+    """Optimizer steps taken."""
+    folder: Path
+
+
+def save_checkpoint(run_dir: Path, updater: Updater, *, step: int, keep: int) -> Checkpoint:
+    """Write checkpoints/step-N atomically, then drop all but the newest `keep`."""
+    parent = run_dir / "checkpoints"
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = parent / f".step-{step}-{uuid.uuid4().hex}"
+    temporary.mkdir()
+    try:
+        updater.policy.save(temporary / "policy")
+        tensors, numbers = _optimizer_state(updater.optimizer)
+        save_file(tensors, temporary / "optimizer.safetensors")
+        state = {
+            "step": step,
+            "betas": {name: controller.state_dict() for name, controller in updater.controllers.items()},
+            "optimizer": numbers,
+        }
+        (temporary / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False))
+        _write_manifest(temporary)
+        final = parent / f"step-{step}"
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _sync(parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in list_checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old.folder)
+    return Checkpoint(step=step, folder=final)
+
+
+def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
+    """Checkpoints that carry a manifest, oldest first; their hashes are checked when one is loaded."""
+    folders = (run_dir / "checkpoints").glob("step-*/" + MANIFEST)
+    found = [Checkpoint(step=int(path.parent.name.removeprefix("step-")), folder=path.parent) for path in folders]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def latest_checkpoint(run_dir: Path) -> Checkpoint:
+    """The newest checkpoint whose files are as its manifest says.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = list_checkpoints(run_dir)
+    problems: list[str] = []
+    for checkpoint in reversed(found):
+        problem = _damage(checkpoint.folder)
+        if problem is None:
+            return checkpoint
+        problems.append(f"{checkpoint.folder}: {problem}")
+    detail = "; ".join(problems) if problems else "none was written yet"
+    raise CheckpointError(f"{run_dir.absolute()} has no usable checkpoint ({detail}). Start the run anew.")
+
+
+def load_checkpoint(checkpoint: Checkpoint, updater: Updater) -> int:
+    """Restore weights, optimizer and betas; returns the number of steps taken. Raises CheckpointError."""
+    problem = _damage(checkpoint.folder)
+    if problem is not None:
+        raise CheckpointError(f"{checkpoint.folder}: {problem}")
+    state = json.loads((checkpoint.folder / "state.json").read_text())
+    if set(state["betas"]) != set(updater.controllers):
+        raise CheckpointError(
+            f"{checkpoint.folder} has controllers for {sorted(state['betas'])}, but the recipe has objectives "
+            f"{sorted(updater.controllers)}. Resume with the recipe that the run was started with."
+        )
+    updater.policy.load(checkpoint.folder / "policy")
+    _load_optimizer_state(updater.optimizer, load_file(checkpoint.folder / "optimizer.safetensors"), state["optimizer"])
+    for name, controller in updater.controllers.items():
+        controller.load_state_dict(state["betas"][name])
+    return int(state["step"])
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Tensors by "<parameter index>/<name>", and plain numbers likewise."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, float] = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}/{name}"] = value.detach().cpu().contiguous()
+            else:
+                numbers[f"{index}/{name}"] = value
+    return tensors, numbers
+
+
+def _load_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]
+) -> None:
+    whole = optimizer.state_dict()
+    state: dict[int, dict[str, Tensor | float]] = {}
+    for key, value in {**tensors, **numbers}.items():
+        index, name = key.split("/", 1)
+        state.setdefault(int(index), {})[name] = value
+    whole["state"] = state
+    optimizer.load_state_dict(whole)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    entries = {str(path.relative_to(folder)): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"format": FORMAT_VERSION, "files": entries}, indent=1))
+    _sync(manifest)
+    for inner in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        _sync(inner)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] != FORMAT_VERSION:
+            return f"its format is {manifest['format']}, this version reads {FORMAT_VERSION}"
+        entries = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        return f"its manifest cannot be read ({exc})"
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+            return f"{name} is damaged: its hash is not the manifest's"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

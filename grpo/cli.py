@@ -1,0 +1,112 @@
+"""The command line: parse, check, import late, call. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="GRPO fine-tuning of language models against several objectives.",
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change, such as rollout.group_size=4."),
+]
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str, typer.Argument(help="A shipped recipe's name, a YAML file, or with --resume a run directory.")
+    ],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run directory's last checkpoint.")] = False,
+) -> None:
+    """Train a model by a recipe."""
+    from grpo.recipe_loader import load_recipe
+
+    config = load_recipe(_recipe_of(recipe), overrides or [])
+    from grpo.diagnostics.display import make_display
+    from grpo.diagnostics.report import write_report
+    from grpo.metrics import observed_kl_name
+    from grpo.trainer import Trainer
+
+    betas = {name: objective.beta for name, objective in config.objectives.items()}
+    bands = {name: (beta.low, beta.high) if beta.type == "band" else None for name, beta in betas.items()}
+    observed = {name: observed_kl_name(name, beta.observed) for name, beta in betas.items()}
+    with make_display(bands, observed) as display:
+        result = Trainer(config, observer=display).run(resume=resume)
+        report = write_report(result.run_dir)
+        paths = [
+            ("policy", str(result.checkpoint.folder / "policy")),
+            ("checkpoint", str(result.checkpoint.folder)),
+            ("report", str(report)),
+        ]
+        display.finish(dict(result.evaluation) or None, result.evaluation.get("examples"), paths)
+        if result.was_interrupted:
+            display.note(f"interrupted after step {result.checkpoint.step}; go on with: grpo train {recipe} --resume")
+    if result.was_interrupted:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run directory, or a model's name or folder.")
+    ],
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str, typer.Option(help="For a model: the recipe whose held-out prompts and rewards are used.")
+    ] = "quickstart",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Score a run's newest checkpoint, or a model, on held-out prompts."""
+    from grpo.diagnostics.display import make_display
+    from grpo.evaluation_run import evaluate_target
+
+    with make_display({}, {}) as display:
+        result = evaluate_target(target, recipe=recipe, overrides=overrides or [])
+        if json_file is not None:
+            json_file.write_text(json.dumps(result, indent=1, allow_nan=False))
+        display.finish(result, None, [])
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Write a run's report.html again."""
+    from grpo.diagnostics.report import write_report
+
+    typer.echo(str(write_report(run)))
+
+
+def _recipe_of(name: str) -> str:
+    """A run directory stands for the config it was started with."""
+    saved = Path(name).expanduser() / "config.yaml"
+    return str(saved) if saved.is_file() else name
+
+
+def main() -> None:
+    """Entry point: errors raised on purpose become one message and an exit code; others keep their traceback."""
+    # spinning OpenMP threads slow everything else on the machine; read when torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from grpo.errors import GrpoError, InputError
+
+    try:
+        app()
+    except GrpoError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT if isinstance(exc, InputError) else EXIT_FAILED)
+    except KeyboardInterrupt:
+        print("stopped at once; the last checkpoint is whole", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

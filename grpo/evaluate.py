@@ -1,0 +1,125 @@
+"""Held-out prompts -> greedy answers -> scores per objective and per kind, with intervals.
+
+Knows engines and scorers; knows no training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from grpo.metrics import bootstrap_difference, bootstrap_mean
+from grpo.prompts import EncodedPrompt
+from grpo.rollout.base import RolloutEngine, SamplingParams
+from grpo.scoring import Scorer
+from grpo.types import Prompt, RolloutGroup, ScoredGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One held-out prompt, answered and scored."""
+
+    prompt: Prompt
+    completion: str
+    scores: Mapping[str, float | None]
+    """Objective -> score, None where there is no verdict."""
+
+    @property
+    def kind(self) -> str:
+        """The scene's kind, such as "ambiguous"; "all" where the dataset has none."""
+        return str(self.prompt.meta.get("kind", "all"))
+
+
+def evaluate(
+    engine: RolloutEngine, scorer: Scorer, prompts: Sequence[EncodedPrompt], *, params: SamplingParams
+) -> list[Answer]:
+    """One greedy answer per prompt, without penalties or filters, scored; in the prompts' order."""
+    greedy = replace(params, temperature=0.0, top_p=1.0, top_k=0, presence_penalty=0.0, frequency_penalty=0.0)
+    groups = list(_in_order(engine, prompts, greedy))
+    scored = [future.result() for future in [scorer.submit(group) for group in groups]]
+    return [_answer(group) for group in scored]
+
+
+def _in_order(engine: RolloutEngine, prompts: Sequence[EncodedPrompt], params: SamplingParams) -> list[RolloutGroup]:
+    # similar lengths side by side: padding is computed too
+    by_length = sorted(prompts, key=lambda prompt: len(prompt.token_ids))
+    groups = {group.prompt.id: group for group in engine.sample(by_length, 1, params=params, seed=0)}
+    return [groups[prompt.prompt.id] for prompt in prompts]
+
+
+def _answer(group: ScoredGroup) -> Answer:
+    rollout = group.rollout
+    return Answer(
+        prompt=rollout.prompt,
+        completion=rollout.completions[0].text,
+        scores={name: verdict.value for name, verdict in group.verdicts[0].items()},
+    )
+
+
+def summarise(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
+    """objective -> mean, low, high (95% bootstrap), n, unscored, and the mean of each kind.
+
+    A policy that always says "unknown" is seen for what it is: its kinds lie at 1 and 0.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for name in _objectives(answers):
+        own = [(answer, answer.scores[name]) for answer in answers if name in answer.scores]
+        scored = [(answer, value) for answer, value in own if value is not None]
+        if not scored:
+            continue  # no verdict at all: absent, not 0
+        interval = bootstrap_mean([value for _, value in scored])
+        kinds = sorted({answer.kind for answer, _ in scored})
+        result[name] = {
+            "mean": interval.mean,
+            "low": interval.low,
+            "high": interval.high,
+            "n": len(scored),
+            "unscored": len(own) - len(scored),
+            "kinds": {kind: _mean([value for answer, value in scored if answer.kind == kind]) for kind in kinds},
+        }
+    return result
+
+
+def compare(before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, dict[str, float]]:
+    """objective -> paired difference after - before with its 95% interval, over prompts scored both times."""
+    result: dict[str, dict[str, float]] = {}
+    for name in _objectives(before):
+        pairs = [
+            (first, second)
+            for b, a in zip(before, after, strict=True)
+            if (first := b.scores.get(name)) is not None and (second := a.scores.get(name)) is not None
+        ]
+        if pairs:
+            interval = bootstrap_difference([first for first, _ in pairs], [second for _, second in pairs])
+            result[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+    return result
+
+
+def examples(before: Sequence[Answer], after: Sequence[Answer], *, count: int = 3) -> list[dict[str, Any]]:
+    """Prompts with both answers, spread over the kinds; those that changed first."""
+    pairs = list(zip(before, after, strict=True))
+    pairs.sort(key=lambda pair: pair[0].completion == pair[1].completion)
+    chosen: list[tuple[Answer, Answer]] = []
+    for pair in pairs:
+        if pair[0].kind not in {other.kind for other, _ in chosen}:
+            chosen.append(pair)
+    chosen += [pair for pair in pairs if pair not in chosen]
+    return [
+        {
+            "prompt": b.prompt.messages[-1].content,
+            "reference": b.prompt.reference,
+            "kind": b.kind,
+            "before": b.completion,
+            "after": a.completion,
+        }
+        for b, a in chosen[:count]
+    ]
+
+
+def _objectives(answers: Sequence[Answer]) -> list[str]:
+    return list(dict.fromkeys(name for answer in answers for name in answer.scores))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

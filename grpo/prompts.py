@@ -1,0 +1,237 @@
+"""Dataset (task, file or hub name) -> batches of Prompt, and Prompt -> token ids.
+
+Batches are a pure function of (config, seed, step): the cursor of a resumed run is its step. Knows no rewards.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo.config import FilePrompts, HubPrompts, PromptsConfig, TaskPrompts
+from grpo.errors import DatasetError
+from grpo.tasks.base import Task
+from grpo.tasks.registry import get_task
+from grpo.types import Message, Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedPrompt:
+    """A prompt as the model reads it."""
+
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+    """[T_prompt] the rendered chat, up to where the assistant's answer begins."""
+
+
+class PromptSource(Protocol):
+    """Where prompts come from."""
+
+    def batch(self, step: int) -> list[Prompt]:
+        """The P prompts of a step (counted from 1); the same step always gives the same prompts."""
+        ...
+
+    def held_out(self, num_per_objective: int) -> list[Prompt]:
+        """Prompts that training never sees, at most so many per objective; empty where there are none."""
+        ...
+
+    def objective_sets(self) -> list[tuple[str, ...]]:
+        """Which sets of objectives the prompts ask for."""
+        ...
+
+
+def open_prompts(config: PromptsConfig, *, seed: int, objectives: Sequence[str]) -> PromptSource:
+    """Open the recipe's prompts.
+
+    Raises:
+        DatasetError: missing, empty or unreadable, or a column is missing.
+        ConfigError: unknown task.
+    """
+    if isinstance(config, TaskPrompts):
+        return TaskSource([get_task(name) for name in config.names], per_step=config.per_step, seed=seed)
+    wanted = config.objectives or tuple(objectives)
+    if isinstance(config, FilePrompts):
+        prompts = _to_prompts(_read_file(config.path), config, wanted, source=str(config.path))
+        held_out = (
+            _to_prompts(_read_file(config.held_out_path), config, wanted, source=str(config.held_out_path))
+            if config.held_out_path
+            else []
+        )
+    else:
+        prompts = _to_prompts(_read_hub(config, config.split), config, wanted, source=config.name)
+        held_out = (
+            _to_prompts(_read_hub(config, config.held_out_split), config, wanted, source=config.name)
+            if config.held_out_split
+            else []
+        )
+    return ListSource(prompts, held_out, per_step=config.per_step, seed=seed)
+
+
+class TaskSource:
+    """Generated scenes, the tasks taking turns."""
+
+    def __init__(self, tasks: Sequence[Task], *, per_step: int, seed: int) -> None:
+        self._tasks, self._per_step, self._seed = list(tasks), per_step, seed
+
+    def batch(self, step: int) -> list[Prompt]:
+        """Prompts (step - 1) * P ... step * P - 1 of the endless train split."""
+        numbers = range((step - 1) * self._per_step, step * self._per_step)
+        return [self._prompt(n, "train") for n in numbers]
+
+    def held_out(self, num_per_objective: int) -> list[Prompt]:
+        """The first scenes of the held-out split; the same for every seed, so that runs can be compared."""
+        return [task.prompt("held_out", 0, n) for task in self._tasks for n in range(num_per_objective)]
+
+    def objective_sets(self) -> list[tuple[str, ...]]:
+        """One objective per task."""
+        return [(task.objective,) for task in self._tasks]
+
+    def _prompt(self, number: int, split: str) -> Prompt:
+        task = self._tasks[number % len(self._tasks)]
+        return task.prompt("train" if split == "train" else "held_out", self._seed, number // len(self._tasks))
+
+
+class ListSource:
+    """Prompts that are all known, shuffled anew in every epoch."""
+
+    def __init__(self, prompts: Sequence[Prompt], held_out: Sequence[Prompt], *, per_step: int, seed: int) -> None:
+        self._prompts, self._held_out = list(prompts), list(held_out)
+        self._per_step, self._seed = per_step, seed
+
+    def batch(self, step: int) -> list[Prompt]:
+        """P prompts; an epoch's end and the next one's beginning may share a step."""
+        numbers = range((step - 1) * self._per_step, step * self._per_step)
+        orders = {n // len(self._prompts): self._order(n // len(self._prompts)) for n in numbers}
+        return [self._prompts[orders[n // len(self._prompts)][n % len(self._prompts)]] for n in numbers]
+
+    def held_out(self, num_per_objective: int) -> list[Prompt]:
+        """The first rows of the held-out file."""
+        count: dict[tuple[str, ...], int] = {}
+        chosen: list[Prompt] = []
+        for prompt in self._held_out:
+            count[prompt.objectives] = count.get(prompt.objectives, 0) + 1
+            if count[prompt.objectives] <= num_per_objective:
+                chosen.append(prompt)
+        return chosen
+
+    def objective_sets(self) -> list[tuple[str, ...]]:
+        """All sets that occur."""
+        return sorted({prompt.objectives for prompt in [*self._prompts, *self._held_out]})
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(len(self._prompts)))
+        random.Random(f"{self._seed}/{epoch}").shuffle(order)
+        return order
+
+
+def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> EncodedPrompt:
+    """Render the chat and tokenise it.
+
+    Args:
+        max_tokens: room in the model's context, completion already taken off.
+    Raises:
+        DatasetError: the prompt does not fit, or the tokenizer has no chat template.
+    """
+    messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
+    try:
+        rendered: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    except ValueError as exc:
+        raise DatasetError(f"prompt {prompt.id!r} cannot be rendered as a chat: {exc}") from exc
+    token_ids = tuple(int(token) for token in rendered["input_ids"])
+    if len(token_ids) > max_tokens:
+        raise DatasetError(
+            f"prompt {prompt.id!r} has {len(token_ids)} tokens, but the model's context leaves {max_tokens} for a "
+            "prompt beside rollout.max_new_tokens. Shorten the prompt or lower rollout.max_new_tokens."
+        )
+    return EncodedPrompt(prompt=prompt, token_ids=token_ids)
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise DatasetError(f"no dataset at {path}. Relative paths are resolved against the recipe's folder.")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        rows = _parse_json(text, place=str(path))
+        if not isinstance(rows, list):
+            raise DatasetError(f"{path} holds {type(rows).__name__}, expected a list of rows")
+    else:
+        lines = enumerate(text.splitlines(), start=1)
+        rows = [_parse_json(line, place=f"{path} line {number}") for number, line in lines if line.strip()]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DatasetError(f"{path} row {number} is {type(row).__name__}, expected an object with columns")
+    return rows
+
+
+def _parse_json(text: str, *, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as exc:
+        raise DatasetError(
+            f"{place} is not JSON: {exc}. Expected one object a line (.jsonl) or a list (.json)."
+        ) from exc
+
+
+def _read_hub(config: HubPrompts, split: str) -> list[dict[str, Any]]:
+    import datasets  # slow to import, and only this door needs it
+
+    try:
+        return [dict(row) for row in datasets.load_dataset(config.name, config.subset, split=split)]
+    except (OSError, ValueError) as exc:
+        raise DatasetError(
+            f"dataset {config.name!r} (subset {config.subset}, split {split!r}) cannot be loaded: {exc}. "
+            "Check the name and the connection, or give a file with prompts.type=file."
+        ) from exc
+
+
+def _to_prompts(
+    rows: Sequence[Mapping[str, Any]], config: FilePrompts | HubPrompts, objectives: tuple[str, ...], *, source: str
+) -> list[Prompt]:
+    if not rows:
+        raise DatasetError(f"{source} is empty: it holds no prompt")
+    prompts = [_to_prompt(n, row, config, objectives, source=source) for n, row in enumerate(rows)]
+    ids = [prompt.id for prompt in prompts]
+    if len(set(ids)) < len(ids):
+        raise DatasetError(f"{source} has the same id twice: {next(i for i in ids if ids.count(i) > 1)!r}")
+    return prompts
+
+
+def _to_prompt(
+    number: int, row: Mapping[str, Any], config: FilePrompts | HubPrompts, objectives: tuple[str, ...], *, source: str
+) -> Prompt:
+    place = f"{source} row {number + 1}"
+    if config.prompt_column not in row:
+        raise DatasetError(
+            f"{place} has no column {config.prompt_column!r}; it has {sorted(row)}. "
+            "Name the right one with prompts.prompt_column."
+        )
+    reference = row.get(config.reference_column)
+    named = row.get("objectives") if config.objectives is None else None
+    used = {config.prompt_column, config.reference_column, "id", "objectives"}
+    return Prompt(
+        id=str(row.get("id", number)),
+        messages=_messages(row[config.prompt_column], place=place),
+        objectives=tuple(named) if named else objectives,
+        reference=None if reference is None else str(reference),
+        meta={key: value for key, value in row.items() if key not in used},
+    )
+
+
+def _messages(value: Any, *, place: str) -> tuple[Message, ...]:
+    if isinstance(value, str) and value.strip():
+        return (Message(role="user", content=value),)
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        if value[-1].get("role") != "user":
+            raise DatasetError(f"{place}: the last message must be the user's, got role {value[-1].get('role')!r}")
+        roles_fit = all(turn.get("role") in {"system", "user", "assistant"} for turn in value)
+        if roles_fit and all(isinstance(turn.get("content"), str) for turn in value):
+            return tuple(Message(role=turn["role"], content=turn["content"]) for turn in value)
+    raise DatasetError(f"{place}: a prompt is a text that is not empty, or a list of {{role, content}} messages")

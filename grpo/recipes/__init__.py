@@ -1,0 +1,1 @@
+"""Recipes that ship with the toolkit, found by name: `grpo train quickstart`."""

@@ -1,0 +1,1 @@
+"""Sampling completions: the engines and the processors that shape what they sample."""

@@ -1,0 +1,73 @@
+"""The sampling law again, for teacher forcing: all positions of all rows at once (FORMULAS 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo.rollout.base import SamplingParams
+from grpo.rollout.processors import Prefix, build_processors
+
+
+class Replay:
+    """Turns raw logits at N completion positions into those that the engine sampled from, up to the temperature.
+
+    `process(logits [C, V], positions [C])` fits `grpo.update.logprobs.token_logprobs`. The set that a filter keeps
+    carries no gradient and always contains the sampled token; how often that had to be forced is counted.
+    """
+
+    def __init__(self, params: SamplingParams, token_ids: Tensor, rows: Tensor, offsets: Tensor) -> None:
+        """Args: token_ids [B, T] completions; rows [N], offsets [N]: position n is token offsets[n] of row rows[n]."""
+        self._params = params
+        self._token_ids, self._rows, self._offsets = token_ids, rows, offsets
+        self._processors = build_processors(params)
+        self._missed = torch.zeros(token_ids.shape, dtype=torch.bool, device=token_ids.device)  # [B, T]
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the law differs from logits / temperature at all."""
+        return bool(self._processors) or self._has_filters
+
+    @property
+    def num_forced(self) -> int:
+        """Positions so far whose sampled token the filter would have dropped (a rounding difference of the engine)."""
+        return int(self._missed.sum())
+
+    @property
+    def _has_filters(self) -> bool:
+        return self._params.top_p < 1 or self._params.top_k > 0
+
+    def process(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """[C, V] raw logits at `positions` [C] of the N -> [C, V], dropped tokens at -inf."""
+        rows, offsets = self._rows[positions], self._offsets[positions]  # [C]
+        prefix = Prefix(token_ids=self._token_ids[rows], lengths=offsets)
+        for processor in self._processors:
+            logits = processor(logits, prefix)
+        if not self._has_filters:
+            return logits
+        sampled = self._token_ids[rows, offsets][:, None]  # [C, 1]
+        kept = kept_tokens(logits.detach() / self._params.temperature, self._params)  # [C, V]
+        # a checkpointed chunk runs again in the backward pass: marking a place twice counts it once
+        self._missed[rows, offsets] |= ~kept.gather(1, sampled)[:, 0]
+        kept = kept.scatter(1, sampled, True)
+        return logits.masked_fill(~kept, -torch.inf)
+
+
+def kept_tokens(scaled: Tensor, params: SamplingParams) -> Tensor:
+    """[C, V] bool: what top-k, then top-p keep of logits that the temperature has divided already.
+
+    The order and the ties are transformers': a token stays while the mass of the strictly more likely ones,
+    renormalised over what top-k left, is below top_p.
+    """
+    kept = torch.ones_like(scaled, dtype=torch.bool)
+    if params.top_k > 0:
+        k = min(params.top_k, scaled.shape[-1])
+        kept = scaled >= scaled.topk(k, dim=-1).values[:, -1:]
+    if params.top_p < 1:
+        left = scaled.masked_fill(~kept, -torch.inf)
+        ascending, order = left.sort(dim=-1)
+        cumulative = ascending.softmax(dim=-1).cumsum(dim=-1)
+        drop = cumulative <= 1 - params.top_p
+        drop[:, -1:] = False
+        kept = kept & ~drop.scatter(1, order, drop)
+    return kept

@@ -1,0 +1,98 @@
+"""The folder of a run: config.yaml, metrics.jsonl, completions.jsonl, judge_audit.jsonl, eval.json, checkpoints/.
+
+Knows files; knows nothing of models. Every line goes to disk when its step ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from grpo.config import RunConfig
+from grpo.errors import ConfigError
+from grpo.metrics import append_metrics, iter_json_lines
+from grpo.recipe_loader import dump_config, load_run_config
+
+MAY_CHANGE_ON_RESUME = {"steps", "checkpoint", "eval", "output_dir", "base_dir"}
+"""Keys that a resumed run may change without becoming another run."""
+
+
+class RunDirectory:
+    """Owns the files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        """Args: path: absolute; nothing is touched yet."""
+        self.path = path
+
+    @property
+    def audit_path(self) -> Path:
+        """Where judges write what they were asked and answered."""
+        return self.path / "judge_audit.jsonl"
+
+    def check_new(self) -> None:
+        """Refuse a folder that exists or cannot be made; touches nothing. Raises ConfigError."""
+        if self.path.exists():
+            raise ConfigError(
+                f"output_dir {self.path} exists already. Continue that run with --resume, or give another name "
+                f"with output_dir={self.path}-2."
+            )
+        parent = self.path.parent
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise ConfigError(f"output_dir {self.path} cannot be made: {parent} is no folder that can be written to.")
+
+    def create(self, config: RunConfig) -> None:
+        """Make the folder and write the resolved config. Raises ConfigError."""
+        try:
+            self.path.mkdir(parents=True)
+            (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        except OSError as exc:
+            raise ConfigError(f"output_dir {self.path} cannot be written: {exc}") from exc
+
+    def check_resumable(self, config: RunConfig) -> None:
+        """Refuse to continue a run under another recipe.
+
+        Raises:
+            ConfigError: there is no run, or a key that decides what is learned differs; it is named.
+        """
+        saved, now = load_run_config(self.path).model_dump(mode="json"), config.model_dump(mode="json")
+        changed = [key for key in saved if key not in MAY_CHANGE_ON_RESUME and saved[key] != now[key]]
+        if changed:
+            raise ConfigError(
+                f"{self.path} was started with another recipe: {', '.join(changed)} differ. "
+                "Resume with the same values, or start a new run under another output_dir."
+            )
+
+    def forget_after(self, step: int) -> None:
+        """Drop lines of steps that the checkpoint does not hold; they will be run, and written, again."""
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            path = self.path / name
+            if path.exists():
+                kept = [row for row in iter_json_lines(path) if row["step"] <= step]
+                _write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def append(self, row: Mapping[str, float | int | None], completions: Iterable[Mapping[str, Any]]) -> None:
+        """Write a finished step."""
+        with (self.path / "completions.jsonl").open("a", encoding="utf-8") as file:
+            for completion in completions:
+                file.write(json.dumps(completion, allow_nan=False) + "\n")
+        append_metrics(self.path / "metrics.jsonl", row)
+
+    def write_eval(self, evaluation: Mapping[str, Any]) -> None:
+        """Write eval.json."""
+        _write_atomically(self.path / "eval.json", json.dumps(evaluation, indent=1, allow_nan=False))
+
+    def read_eval(self) -> dict[str, Any]:
+        """eval.json, empty where there is none."""
+        path = self.path / "eval.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,191 @@
+"""The model that learns: which of its parameters do, its reference, its head, its weights for the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grpo.config import LoraTrainable, TrainableConfig
+from grpo.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageModelHead:
+    """How the last hidden state becomes logits: softcap(scale * (W h + b))."""
+
+    weight: Tensor
+    """[V, H]"""
+    bias: Tensor | None
+    """[V]"""
+    logit_scale: float
+    softcap: float | None
+
+
+class Policy:
+    """A causal language model with its trainable part and its frozen reference.
+
+    Owns the training copy of the weights. Frozen weights keep the model's dtype; trainable parameters are float32,
+    because bfloat16 weights lose updates smaller than their resolution.
+    """
+
+    def __init__(self, model: PreTrainedModel, trainable: TrainableConfig, *, seed: int) -> None:
+        """Args: model: loaded weights, taken over. Raises ConfigError for modules that cannot be trained."""
+        if isinstance(trainable, LoraTrainable):
+            self.model: PreTrainedModel | PeftModel = _with_adapter(model, trainable, seed=seed)
+            self._reference: PreTrainedModel | None = None
+        else:
+            self._reference = copy.deepcopy(model).requires_grad_(False)
+            self.model = model.requires_grad_(True)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        self.model.train()
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The language model itself, adapter layers inside."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # pyright: ignore[reportReturnType]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the matrix products: that of the frozen weights; of all weights where none is frozen."""
+        frozen = self._reference or self.causal_lm
+        return next(p.dtype for p in frozen.parameters() if not p.requires_grad)
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter, in the model's order."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def num_parameters(self) -> int:
+        """All parameters, tied ones once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[PreTrainedModel]:
+        """The frozen reference, without gradient. The adapter is on again afterwards, on an exception too."""
+        with torch.no_grad():
+            if self._reference is not None:
+                self._reference.train(self.model.training)  # the same mode in all passes
+                yield self._reference
+            else:
+                assert isinstance(self.model, PeftModel)
+                with self.model.disable_adapter():
+                    yield self.causal_lm
+
+    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in the plain model, weight) of every parameter that training changes, adapters added in float32."""
+        if not isinstance(self.model, PeftModel):
+            yield from ((name, p.detach()) for name, p in self.causal_lm.named_parameters())
+            return
+        for name, module in self.causal_lm.named_modules():
+            if isinstance(module, LoraLayer):
+                layer = module.get_base_layer()
+                delta = module.get_delta_weight(module.active_adapters[0])  # pyright: ignore[reportAttributeAccessIssue]
+                yield f"{name}.weight", (layer.weight.float() + delta.float()).detach()  # pyright: ignore[reportOptionalMemberAccess]
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter (LoRA) or the whole model as safetensors, loadable by peft or transformers."""
+        self.model.save_pretrained(str(folder))
+
+    def load(self, folder: Path) -> None:
+        """Take back the trainable parameters that `save` wrote. Raises CheckpointError where they do not fit."""
+        from safetensors.torch import load_file
+
+        name = "adapter_model.safetensors" if isinstance(self.model, PeftModel) else "model.safetensors"
+        saved = load_file(folder / name)
+        own = self.trainable_parameters()
+        renamed = {_saved_name(key): parameter for key, parameter in own.items()}
+        missing = sorted(set(renamed) - set(saved))
+        if missing or any(saved[key].shape != renamed[key].shape for key in renamed):
+            raise CheckpointError(
+                f"{folder / name} does not hold this model's parameters (first missing: {missing[:1]})"
+            )
+        with torch.no_grad():
+            for key, parameter in renamed.items():
+                parameter.copy_(saved[key])
+
+
+def _saved_name(name: str) -> str:
+    """peft leaves the adapter's own name out of the file: lora_A.default.weight is saved as lora_A.weight."""
+    return name.replace(".default.", ".")
+
+
+def _with_adapter(model: PreTrainedModel, trainable: LoraTrainable, *, seed: int) -> PeftModel:
+    modules = trainable.modules if isinstance(trainable.modules, str) else list(trainable.modules)
+    head = model.get_output_embeddings()
+    config = LoraConfig(
+        r=trainable.rank,
+        lora_alpha=trainable.alpha,  # pyright: ignore[reportArgumentType]  # a float scales as well
+        target_modules=modules,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # the adapter's A matrices are drawn from the global generator
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as exc:
+            raise ConfigError(f"trainable.modules {modules} do not fit this model: {exc}") from exc
+    assert isinstance(adapted, PeftModel)
+    if isinstance(adapted.get_base_model().get_output_embeddings(), LoraLayer) or head is None:  # pyright: ignore[reportCallIssue]
+        raise ConfigError(
+            "trainable.modules matches the language-model head, whose log-probabilities are computed from its weight "
+            "alone. Leave the head out; all-linear does."
+        )
+    return adapted
+
+
+def language_model_head(model: PreTrainedModel) -> LanguageModelHead:
+    """The head's weights and the scalings that model families put after it."""
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
+    return LanguageModelHead(
+        weight=head.weight,  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
+        bias=getattr(head, "bias", None),
+        logit_scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+@contextlib.contextmanager
+def dropout_off(model: nn.Module) -> Iterator[None]:
+    """Every dropout at p = 0 while the model stays in train mode; restored afterwards.
+
+    Eval mode would do it too, but silently turns gradient checkpointing off. Two passes with dropout differ, and
+    their difference would be taken for a KL.
+    """
+    layers = [(m, m.p) for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    rates = [
+        (m, name, value)
+        for m in model.modules()
+        for name, value in vars(m).items()
+        if "dropout" in name and isinstance(value, float)
+    ]
+    try:
+        for layer, _ in layers:
+            layer.p = 0.0
+        for module, name, _ in rates:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for layer, rate in layers:
+            layer.p = rate
+        for module, name, rate in rates:
+            setattr(module, name, rate)

@@ -1,0 +1,142 @@
+"""RolloutGroups -> ScoredGroups, asynchronously: rewards work while the engine samples on.
+
+Owns one event loop in a thread of its own, so that a notebook's running loop is no obstacle and clients keep their
+connections over the whole run. Knows no torch and no tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from grpo.errors import ConfigError, TooFewVerdicts
+from grpo.objectives import Objective, WeightedReward, weighted_sum
+from grpo.types import RolloutGroup, ScoredGroup, Verdict
+from rewards.base import check_reward_ready, close_reward, score_group
+from rewards.errors import RewardError
+from rewards.types import RewardInput, Score
+
+Result = TypeVar("Result")
+
+
+class Scorer:
+    """Scores groups for their objectives. Use as a context manager: it owns a thread and the rewards' connections.
+
+    `submit` returns at once; the futures' results keep the order in which groups were submitted.
+    """
+
+    def __init__(self, objectives: Sequence[Objective]) -> None:
+        self._objectives = {objective.name: objective for objective in objectives}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="grpo-scoring", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check(self) -> None:
+        """Ask every reward whether it is ready (a judge: whether its endpoint answers).
+
+        Raises:
+            ConfigError: one is not; before the first step, not after an hour.
+        """
+        try:
+            self._run(self._check()).result()
+        except RewardError as exc:
+            raise ConfigError(f"a reward is not ready: {exc}") from exc
+
+    def submit(self, group: RolloutGroup) -> Future[ScoredGroup]:
+        """Begin to score one group."""
+        return self._run(self._score(group))
+
+    def close(self) -> None:
+        """Close the rewards and stop the thread. A second call does nothing."""
+        if self._loop.is_closed():
+            return
+        try:
+            self._run(self._close()).result()
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    async def _check(self) -> None:
+        for reward in self._all_rewards():
+            await check_reward_ready(reward.reward)
+
+    async def _close(self) -> None:
+        pending = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        for reward in self._all_rewards():
+            await close_reward(reward.reward)
+        await self._loop.shutdown_default_executor()
+
+    def _all_rewards(self) -> list[WeightedReward]:
+        return [reward for objective in self._objectives.values() for reward in objective.rewards]
+
+    async def _score(self, group: RolloutGroup) -> ScoredGroup:
+        inputs = reward_inputs(group)
+        asked = [self._objectives[name] for name in group.prompt.objectives]
+        async with asyncio.TaskGroup() as tasks:
+            running = {
+                (objective.name, reward.name): tasks.create_task(score_group(reward.reward, inputs))
+                for objective in asked
+                for reward in objective.rewards
+            }
+        scores = {key: task.result() for key, task in running.items()}
+        verdicts = tuple(
+            {objective.name: _verdict(objective, scores, row) for objective in asked} for row in range(len(inputs))
+        )
+        return ScoredGroup(rollout=group, verdicts=verdicts)
+
+
+def reward_inputs(group: RolloutGroup) -> list[RewardInput]:
+    """What the rewards are told about a group: one input per completion."""
+    prompt = group.prompt
+    return [
+        RewardInput(
+            prompt_id=prompt.id,
+            prompt=prompt.messages[-1].content,
+            completion=completion.text,
+            reference=prompt.reference,
+            num_tokens=len(completion.token_ids),
+            finish_reason=completion.finish_reason,
+            meta=prompt.meta,
+        )
+        for completion in group.completions
+    ]
+
+
+def _verdict(objective: Objective, scores: Mapping[tuple[str, str], Sequence[Score]], row: int) -> Verdict:
+    own = {reward.name: scores[objective.name, reward.name][row] for reward in objective.rewards}
+    parts = {name: score.value for name, score in own.items()}
+    weights = {reward.name: reward.weight for reward in objective.rewards}
+    reasons = [f"{name}: {score.reason}" for name, score in own.items() if score.reason]
+    return Verdict(value=weighted_sum(parts, weights), parts=parts, reason="; ".join(reasons))
+
+
+def check_enough_verdicts(groups: Sequence[ScoredGroup], *, max_unscored_frac: float) -> None:
+    """Stop rather than train on leftovers.
+
+    Raises:
+        TooFewVerdicts: an objective's unscored share is above the limit; names the last cause.
+    """
+    for name in sorted({name for group in groups for name in group.rollout.prompt.objectives}):
+        verdicts = [row[name] for group in groups for row in group.verdicts if name in row]
+        missing = [verdict for verdict in verdicts if verdict.value is None]
+        if len(missing) > max_unscored_frac * len(verdicts):
+            raise TooFewVerdicts(
+                f"objective {name}: {len(missing)} of {len(verdicts)} completions have no verdict, more than "
+                f"scoring.max_unscored_frac = {max_unscored_frac} allows. Last cause: {missing[-1].reason}"
+            )

@@ -1,0 +1,1 @@
+"""The optimizer stage: log-probabilities, KL, loss, gradients, beta."""
