@@ -1,7 +1,7 @@
 """Does the completion answer from the stated facts, and say "not stated" where they hold no answer?
 
 The reference is the right answer, or an abstaining phrase such as "not stated". `meta["choices"]`, where present,
-lists what the facts state: naming another of them beside the right one is no answer. `meta["aliases"]`, where
+lists the possible answers: naming another of them beside the right one is no answer. `meta["aliases"]`, where
 present, lists other spellings of the right answer.
 """
 
@@ -14,7 +14,7 @@ from pydantic import Field
 
 from rewards.abstention import is_abstention, without_abstentions
 from rewards.config import StrictModel
-from rewards.mentions import is_hedged, mentioned, name_pattern, normalized
+from rewards.mentions import is_hedged, mentioned, normalized
 from rewards.types import RewardInput, Score
 
 _WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
@@ -26,7 +26,9 @@ _EMPTY_WORDS = """
     i we you he she they them his her their our my me us any anything such not no yes sorry therefore thus just only
     also explicitly specifically directly exactly answer question text passage context facts fact statement statements
     sentence sentences story information info detail details given provided stated mentioned known available above
-    based according enough can cannot could would will know say says tell whether
+    based according correct right true sure clear explicit ambiguous original following specific current however sorry
+    specify specifies mention mentions state states indicate indicates include includes provide provides
+    contain contains enough can cannot could would will know say says tell whether
     """
 
 
@@ -81,14 +83,15 @@ def _score_answerable(one: RewardInput, stated: Sequence[str]) -> Score:
 
 
 def _claims(one: RewardInput, stated: Sequence[str]) -> list[str]:
-    """What the completion states beside abstaining: a stated value, or a word that neither it nor the prompt needs."""
+    """What the completion states beside abstaining.
+
+    Where the choices are known, one of those; else any word that neither abstaining nor repeating the prompt needs.
+    """
     remainder = without_abstentions(one.completion)
-    prompt = normalized(one.prompt)
-    values = mentioned(remainder, stated)
-    for value in stated:
-        prompt = name_pattern(value).sub(" ", prompt)
-    harmless = {*_EMPTY_WORDS.split(), *_words(prompt)}
-    return sorted(values) or [word for word in _words(remainder) if word not in harmless]
+    if stated:
+        return sorted(mentioned(remainder, stated))
+    harmless = {*_EMPTY_WORDS.split(), *_words(normalized(one.prompt))}
+    return [word for word in _words(remainder) if word not in harmless]
 
 
 def _words(text: str) -> list[str]:
