@@ -5,8 +5,9 @@ Unknown keys are errors, choices are tagged unions on `type`, and the resolved f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,6 +18,14 @@ class StrictModel(BaseModel):
     """A part of a recipe: unknown keys refused, frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, values: Any) -> Any:
+        for name, field in cls.model_fields.items() if isinstance(values, Mapping) else ():
+            if field.annotation in (int, float) and isinstance(values.get(name), bool):  # pydantic would read 1
+                raise ValueError(f"{name} is {values[name]}; expected a number")
+        return values
 
 
 class TaskPrompts(StrictModel):
@@ -191,11 +200,14 @@ class UpdateConfig(StrictModel):
     """Budget of one micro-batch, padding included. Changes memory and speed, never the gradient."""
 
 
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(StrictModel):
     """AdamW."""
 
     learning_rate: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)

@@ -16,8 +16,9 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from grpo.config import FilePrompts, RunConfig
+from grpo.config import BetaConfig, FilePrompts, PromptsConfig, RunConfig, TrainableConfig
 from grpo.errors import ConfigError
 
 
@@ -99,7 +100,8 @@ class _Yaml(yaml.SafeLoader):
     """YAML as people write it: 2e-4 is a number, and a key written twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"  # "<<: *defaults" stands for keys that may be written again
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", node.start_mark)
@@ -126,56 +128,138 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = yaml.load(text, Loader=_Yaml)  # a SafeLoader, see _Yaml
     except yaml.YAMLError as exc:
         raise ConfigError(f"{override!r}: the value is not readable as YAML: {exc}") from exc
+    if key == "base_dir":
+        raise ConfigError(f"{override!r}: base_dir is the recipe's folder and cannot be set; write absolute paths")
     place = values
     *parents, last = key.split(".")
     for parent in parents:
-        place = place.setdefault(parent, {})
+        if place.get(parent) is None:
+            place[parent] = {}  # absent, or written without anything behind it
+        place = place[parent]
         if not isinstance(place, dict):
-            raise ConfigError(f"{override!r}: {parent} holds a value, not keys")
+            kind = "a list; give the whole list" if isinstance(place, list) else "a value, not keys"
+            raise ConfigError(f"{override!r}: {parent} holds {kind}")
     place[last] = value
 
 
 def _explain(error: ValidationError, source: str) -> str:
-    lines = [_explain_one(dict(item)) for item in error.errors()]
-    return f"recipe {source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  - " + "\n  - ".join(lines))
+    items = [item for item in error.errors() if not _is_echo(item, error.errors())]
+    lines = list(dict.fromkeys(_explain_one(item) for item in items))
+    return f"recipe {source}:" + (f" {lines[0]}" if len(lines) == 1 else "\n  - " + "\n  - ".join(lines))
 
 
-def _explain_one(item: dict[str, Any]) -> str:
+def _is_echo(item: ErrorDetails, items: Sequence[ErrorDetails]) -> bool:
+    """A list whose entries are wrong is also called too short: pydantic counts only the entries that are right."""
+    location = item["loc"]
+    is_above_another = any(len(o["loc"]) > len(location) and o["loc"][: len(location)] == location for o in items)
+    return item["type"] == "too_short" and is_above_another
+
+
+def _explain_one(item: ErrorDetails) -> str:
     location = [str(part) for part in item["loc"]]
-    key = ".".join(part for part in location if part not in _TAGS or part == location[-1])
-    if item["type"] == "extra_forbidden":
-        near = _nearest_key(location)
-        return f"unknown key {key}" + (f"; did you mean {near}?" if near else "")
-    if item["type"] == "missing":
-        return f"{key} is missing"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    why = _reason_of(location)
-    return f"{key} is {item['input']!r}: {message[0].lower()}{message[1:]}" + (f". {why}" if why else "")
+    path = _without_tags(location)
+    key = ".".join(path)
+    match item["type"]:
+        case "extra_forbidden" | "invalid_key":  # the latter is no text: 1, or true, which YAML also reads from `on`
+            near = _nearest_key(location)
+            return f"unknown key {key}" + (f"; did you mean {near}?" if near else "")
+        case "missing":
+            return f"{key} is missing"
+        case "value_error":
+            message = item["msg"].removeprefix("Value error, ")
+            return f"{key}: {message}" if key else message
+        case "union_tag_not_found":
+            return f"{key}.type is missing; expected {_or(_tags_of(item))}"
+        case "union_tag_invalid":
+            tag, known = item.get("ctx", {}).get("tag"), _tags_of(item)
+            return f"{key}.type is {tag!r}; expected {_or(known)}" + _did_you_mean(tag, known)
+    why = _REASONS.get(path[-1], "") if path and item["type"] in _BOUNDS else ""
+    return f"{key} is {item['input']!r}; expected {_expected(item, path)}" + (f". {why}" if why else "")
 
 
-_TAGS = {"tasks", "file", "hub", "fixed", "band", "lora", "full"}
-"""Values of `type`: pydantic puts them into an error's location, a reader of the recipe does not know them there."""
+_UNIONS = {"prompts", "beta", "trainable"}
+"""Keys that are tagged unions: in an error's location pydantic puts the value of `type` behind them, which is no key
+to a reader of the recipe."""
+
+_BOUNDS = {
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number of at most {le:g}",
+    "too_short": "at least {min_length} of them",
+    "too_long": "at most {max_length} of them",
+}
 
 _REASONS = {
     "group_size": "Advantages are relative to the group, so at least 2 completions per prompt are needed.",
     "temperature": "A greedy policy has no policy gradient; set it above 0, 1.0 is usual.",
 }
 
+_KINDS = {  # the part of pydantic's error type before its "_"
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "a text",
+    "path": "a path",
+    "tuple": "a list, such as [a, b]",
+    "dict": "keys and values",
+    "model": "keys and values",
+}
 
-def _reason_of(location: Sequence[str]) -> str:
-    return _REASONS.get(location[-1], "") if location else ""
+
+def _expected(item: ErrorDetails, path: Sequence[str]) -> str:
+    kind, context = item["type"], item.get("ctx", {})
+    if path[-1] == "modules":
+        return "'all-linear', or a list of module names"
+    if len(path) > 1 and path[-2] == "end_tokens":
+        return "a token's id or text"
+    if kind in _BOUNDS:
+        return _BOUNDS[kind].format(**context)
+    if kind == "string_too_short":
+        return "a text that is not empty"
+    if kind == "literal_error":
+        known = re.findall(r"'([^']*)'", context["expected"])
+        return _or(known) + _did_you_mean(item["input"], known)
+    return _KINDS.get(kind.partition("_")[0], item["msg"])
+
+
+def _tags_of(item: ErrorDetails) -> list[str]:
+    parents = [str(part) for part in item["loc"]]
+    return [tag for model in _models_at(RunConfig, parents) for tag in _tags(model)]
+
+
+def _tags(model: type[BaseModel]) -> tuple[str, ...]:
+    return typing.get_args(model.model_fields["type"].annotation) if "type" in model.model_fields else ()
+
+
+def _or(values: Sequence[str]) -> str:
+    return " or ".join(repr(value) for value in values)
+
+
+def _did_you_mean(value: object, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(value), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _without_tags(location: Sequence[str]) -> list[str]:
+    """The keys as the recipe has them: without a union's tag, and without the types of a plain union."""
+    pairs = zip(["", *location], location, strict=False)
+    untagged = [part for before, part in pairs if not (before in _UNIONS and part in _TAGS)]
+    return [part for part in untagged if not re.fullmatch(r"str|int|(literal|tuple)\[.*\]", part)]
 
 
 def _nearest_key(location: Sequence[str]) -> str:
     """The known key most like an unknown one: among its siblings, else anywhere in the recipe."""
     *parents, name = location
-    siblings = _keys_at(RunConfig, parents)
+    path = _without_tags(parents)
+    siblings = _keys(_models_at(RunConfig, parents))
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
     if close:
-        return ".".join([*(part for part in parents if part not in _TAGS), close[0]])
-    every = {path.split(".")[-1]: path for path in _all_keys(RunConfig)}
+        return ".".join([*path, close[0]])
+    if parents != path and (others := [m for m in _models_at(RunConfig, path) if name in m.model_fields]):
+        return f"{'.'.join(path)}.type={_tags(others[0])[0]}, which has it"
+    every = {key.split(".")[-1]: key for key in _all_keys(RunConfig)}
     close = difflib.get_close_matches(name, list(every), n=1, cutoff=0.6)
     return every[close[0]] if close else ""
 
@@ -188,19 +272,24 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _keys_at(model: type[BaseModel], parents: Sequence[str]) -> list[str]:
+_TAGS = {tag for union in (PromptsConfig, BetaConfig, TrainableConfig) for m in _models_in(union) for tag in _tags(m)}
+
+
+def _models_at(model: type[BaseModel], parents: Sequence[str]) -> list[type[BaseModel]]:
+    """The records that may stand at a place, narrowed by the union tags in it."""
     models = [model]
-    for parent in parents:
-        if parent in _TAGS:
-            models = [
-                m for m in models if "type" in m.model_fields and parent in str(m.model_fields["type"].annotation)
-            ]
+    for before, parent in zip(["", *parents], parents, strict=False):
+        if before in _UNIONS and parent in _TAGS:
+            models = [m for m in models if parent in _tags(m)]
         elif any(parent in m.model_fields for m in models):
-            models = [
-                n for m in models if parent in m.model_fields for n in _models_in(m.model_fields[parent].annotation)
-            ]
+            fields = [m.model_fields[parent] for m in models if parent in m.model_fields]
+            models = [inner for field in fields for inner in _models_in(field.annotation)]
         # else a list index or an objective's name: the models below stay
-    return [name for m in models for name in m.model_fields if name != "base_dir"]
+    return models
+
+
+def _keys(models: Sequence[type[BaseModel]]) -> list[str]:
+    return [name for model in models for name in model.model_fields if name != "base_dir"]
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
