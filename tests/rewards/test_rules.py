@@ -1,0 +1,246 @@
+"""The built-in rules, as tables of completions and the scores they deserve."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from rewards import RewardInput, Score
+from rewards.abstention import is_abstention
+from rewards.choice import Choice
+from rewards.exact_match import ExactMatch
+from rewards.format import Format
+from rewards.grounding import Grounding
+from rewards.length import Length
+from rewards.mentions import mentioned
+
+PEOPLE = ["Anna", "Ben", "unknown"]
+FACTS = "Mia's bag is red. Tom's bike is blue.\nWhat colour is Mia's kite?"
+
+
+def score(
+    reward, completion: str, *, reference: str | None = None, prompt: str = "", num_tokens: int = 0, **meta
+) -> Score:
+    one = RewardInput(
+        prompt_id="p", prompt=prompt, completion=completion, reference=reference, num_tokens=num_tokens, meta=meta
+    )
+    return asyncio.run(reward.score([one]))[0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "given"),
+    [
+        ("Anna", "Anna"),
+        (" anna.\n", "Anna"),
+        ("ANNA!", "Anna"),
+        ("**Anna**", "Anna"),
+        ("The answer is Anna.", "Anna"),
+        ("Anna was the one who forgot the key.", "Anna"),
+        ("Anna, not Ben", "Anna"),
+        ("It wasn't Ben, it was Anna.", "Anna"),
+        ("Anna rather than Ben", "Anna"),
+        ("Ben didn't. Anna did.", "Anna"),
+        ("Not Anna but Ben", "Ben"),
+        ("unknown", "unknown"),
+        ("The one who forgot the key is unknown.", "unknown"),
+        ("It cannot be known.", "unknown"),
+        ("It’s not known whether Anna or Ben did it", "unknown"),
+        ("Can't be determined", "unknown"),
+        ("Not enough information.", "unknown"),
+        ("I don't know", "unknown"),
+        ("No one knows.", "unknown"),
+        ("It is impossible to tell.", "unknown"),
+        ("The text does not say.", "unknown"),
+        ("I'm not sure.", "unknown"),
+    ],
+)
+def test_choice_is_one_for_the_choice_given_and_zero_for_every_other(completion, given):
+    values = {reference: score(Choice(), completion, reference=reference, choices=PEOPLE).value for reference in PEOPLE}
+    assert values == {reference: float(reference == given) for reference in PEOPLE}
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "",
+        "   ",
+        "Anna or Ben",
+        "Anna and Ben",
+        "Anna, Ben or unknown",
+        "Anna, but it cannot be known",
+        "Unknown. Anna?",
+        "Maybe Anna",
+        "It could be Ben.",
+        "Probably Ben",
+        "not Anna",
+        "Neither Anna nor Ben",
+        "Annabel",
+        "Hannah",
+        "Anna-Maria",
+        "Somebody else",
+    ],
+)
+def test_choice_is_zero_for_none_several_or_hedged(completion):
+    for reference in PEOPLE:
+        answer = score(Choice(), completion, reference=reference, choices=PEOPLE)
+        assert answer.value == 0.0
+        assert answer.reason
+
+
+def test_choice_maps_any_abstaining_choice_and_reference_to_each_other():
+    choices = ["The nurse", "The farmer", "Can't be determined"]
+    assert score(Choice(), "It is unknown.", reference="Can't be determined", choices=choices).value == 1.0
+    assert score(Choice(), "It is unknown.", reference="unknown", choices=choices).value == 1.0
+    assert score(Choice(), "nurse", reference="the nurse", choices=choices).value == 1.0
+
+
+def test_choice_abstaining_where_no_choice_abstains_is_wrong():
+    assert score(Choice(), "Anna, or unknown", reference="Anna", choices=["Anna", "Ben"]).value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("reference", "meta", "cause"),
+    [
+        (None, {"choices": PEOPLE}, "no reference"),
+        ("Clara", {"choices": PEOPLE}, "not among the choices"),
+        ("Anna", {}, "expected a list of strings"),
+        ("Anna", {"choices": "Anna"}, "expected a list of strings"),
+        ("Anna", {"choices": ["Anna", 3]}, "expected a list of strings"),
+    ],
+)
+def test_choice_without_a_usable_reference_is_missing_not_zero(reference, meta, cause):
+    answer = score(Choice(), "Anna", reference=reference, **meta)
+    assert answer.value is None
+    assert cause in answer.reason
+
+
+@pytest.mark.parametrize(
+    ("completion", "value_if_not_stated", "value_if_red"),
+    [
+        ("not stated", 1.0, 0.0),
+        ("Not stated.", 1.0, 0.0),
+        ("Unknown", 1.0, 0.0),
+        ("The colour of Mia's kite is not stated.", 1.0, 0.0),
+        ("The text does not mention what colour Mia's kite is.", 1.0, 0.0),
+        ("It isn't mentioned.", 1.0, 0.0),
+        ("I don't know.", 1.0, 0.0),
+        ("Red", 0.0, 1.0),
+        ("It is red.", 0.0, 1.0),
+        ("Red, not blue.", 0.0, 1.0),
+        ("Blue", 0.0, 0.0),
+        ("red or blue", 0.0, 0.0),
+        ("Maybe red", 0.0, 0.0),
+        ("not red", 0.0, 0.0),
+        ("Not stated, red", 0.0, 0.0),
+        ("Red is not stated. Blue.", 0.0, 0.0),
+        ("Mia's bag is red. Not stated.", 0.0, 0.0),
+        ("hundred", 0.0, 0.0),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_grounding_with_choices(completion, value_if_not_stated, value_if_red):
+    for reference, value in (("not stated", value_if_not_stated), ("red", value_if_red)):
+        answer = score(
+            Grounding(), completion, reference=reference, prompt=FACTS, choices=["red", "blue", "not stated"]
+        )
+        assert answer.value == value
+        assert answer.reason
+
+
+@pytest.mark.parametrize(
+    ("completion", "value"),
+    [
+        ("Not stated.", 1.0),
+        ("The colour of Mia's kite is not stated in the text.", 1.0),
+        ("The text does not provide any information about Mia's kite.", 1.0),
+        ("Not stated, but it is green.", 0.0),
+        ("It is unknown. Perhaps purple.", 0.0),
+        ("There are 3 kites; not stated", 0.0),
+    ],
+)
+def test_grounding_without_choices_reads_any_new_word_as_a_claim(completion, value):
+    assert score(Grounding(), completion, reference="not stated", prompt=FACTS).value == value
+
+
+def test_grounding_accepts_aliases_and_limits_words():
+    assert score(Grounding(), "grey", reference="gray").value == 0.0
+    assert score(Grounding(), "grey", reference="gray", aliases=["grey"]).value == 1.0
+    assert score(Grounding(max_words=3), "it is gray", reference="gray").value == 1.0
+    assert score(Grounding(max_words=2), "it is gray", reference="gray").value == 0.0
+
+
+@pytest.mark.parametrize("reference", [None, "", "  "])
+def test_grounding_without_a_reference_is_missing_not_zero(reference):
+    assert score(Grounding(), "red", reference=reference).value is None
+
+
+@pytest.mark.parametrize("text", ["Anna did not know the way.", "Anna could not find it", "Anna was not given a prize"])
+def test_someone_in_the_story_who_does_not_know_is_no_abstention(text):
+    assert not is_abstention(text)
+
+
+def test_the_longer_name_hides_the_shorter_one():
+    assert mentioned("It was Ann Lee.", ["Ann", "Ann Lee"]) == {"Ann Lee"}
+    assert mentioned("Ann saw Ann Lee.", ["Ann", "Ann Lee"]) == {"Ann", "Ann Lee"}
+
+
+def test_a_number_is_not_found_inside_another():
+    assert mentioned("It costs 3.5 euros", ["3"]) == set()
+    assert mentioned("It costs 3.", ["3"]) == {"3"}
+
+
+@pytest.mark.parametrize(
+    ("completion", "reference", "value"),
+    [
+        ("Paris", "Paris", 1.0),
+        (" paris.\n", "Paris", 1.0),
+        ('"Paris"', "Paris", 1.0),
+        ("New  York", "New York", 1.0),
+        ("Paris, France", "Paris", 0.0),
+        ("-5", "5", 0.0),
+        ("3.5", "35", 0.0),
+        ("", "Paris", 0.0),
+        ("Paris", None, None),
+    ],
+)
+def test_exact_match(completion, reference, value):
+    assert score(ExactMatch(), completion, reference=reference).value == value
+
+
+def test_exact_match_can_mind_case_and_punctuation():
+    assert score(ExactMatch(ignore_case=False), "paris", reference="Paris").value == 0.0
+    assert score(ExactMatch(ignore_punctuation=False), "Paris.", reference="Paris").value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("params", "completion", "value"),
+    [
+        ({"max_words": 2}, "one two", 1.0),
+        ({"max_words": 2}, "one two three", 0.0),
+        ({"one_line": True}, "one\n", 1.0),
+        ({"one_line": True}, "one\ntwo", 0.0),
+        ({"pattern": r"\d+"}, " 42 ", 1.0),
+        ({"pattern": r"\d+"}, "42 apples", 0.0),
+        ({"pattern": r"(?s)<think>.*</think>.+"}, "<think>a\nb</think> c", 1.0),
+        ({"pattern": r"\d+", "max_words": 1}, "forty", 0.0),
+        ({"pattern": r".*"}, "", 0.0),
+    ],
+)
+def test_format(params, completion, value):
+    assert score(Format(**params), completion).value == value
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "value"),
+    [(1, 0.0), (10, 0.0), (11, -0.1), (15, -0.5), (20, -1.0), (500, -1.0)],  # target 10, limit 20: 0.1 a token
+)
+def test_length_falls_linearly_from_target_to_limit(num_tokens, value):
+    answer = score(Length(target_tokens=10, limit_tokens=20), "text", num_tokens=num_tokens)
+    assert answer.value == pytest.approx(value)
+
+
+def test_length_unknown_is_missing_not_zero():
+    reward = Length(target_tokens=10, limit_tokens=20)
+    assert score(reward, "text").value is None
+    assert score(reward, "").value == 0.0
