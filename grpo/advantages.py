@@ -109,7 +109,7 @@ def _summed(
         per_objective=torch.where(teaches & valid, parts, 0.0),
         combined=combined[..., 0],
         valid=valid,
-        is_flat=is_flat.expand(-1, scores.shape[-1]),
+        is_flat=is_flat & asked.any(dim=1),
         scale_factor=1.0,
     )
 
@@ -118,8 +118,16 @@ def _centred(scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Scores minus their group's mean over the verdicts ([P, K, O], 0 where missing), and verdict counts [P, 1, O]."""
     count = valid.sum(dim=1, keepdim=True)  # [P, 1, O]
     filled = scores.masked_fill(~valid, 0.0)
-    mean = filled.sum(dim=1, keepdim=True) / count.clamp(min=1)  # [P, 1, O]
+    mean = _ordered_sum(filled) / count.clamp(min=1)  # [P, 1, O]
     return (filled - mean).masked_fill(~valid, 0.0), count
+
+
+def _ordered_sum(filled: Tensor) -> Tensor:
+    """[P, K, O] -> [P, 1, O], added from left to right, so that the 0 of a missing row moves no bit.
+
+    `sum` groups its terms by their places and strides: there, a missing row would move the others by a rounding.
+    """
+    return filled.cumsum(dim=1)[:, -1:]
 
 
 def _normalise(scores: Tensor, valid: Tensor, *, scale: Scale, eps: float) -> tuple[Tensor, Tensor]:
@@ -143,13 +151,10 @@ def _divisor(scores: Tensor, valid: Tensor, *, scale: Scale, eps: float) -> Tens
         return _batch_std(scores, valid) + eps
     # a centred sum, not E[x^2] - E[x]^2, which cancels for scores far from 0
     centred, count = _centred(scores, valid)
-    return (centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + eps
+    return (_ordered_sum(centred.square()) / (count - 1).clamp(min=1)).sqrt() + eps
 
 
 def _batch_std(scores: Tensor, valid: Tensor) -> Tensor:
     """[O] unbiased standard deviation of each objective's verdicts in the batch; 0 for fewer than two."""
-    count = valid.sum(dim=(0, 1))  # [O]
-    filled = scores.masked_fill(~valid, 0.0)
-    mean = filled.sum(dim=(0, 1)) / count.clamp(min=1)  # [O]
-    squares = (filled - mean).square().masked_fill(~valid, 0.0).sum(dim=(0, 1))
-    return (squares / (count - 1).clamp(min=1)).sqrt()
+    centred, count = _centred(scores.flatten(0, 1)[None], valid.flatten(0, 1)[None])  # [1, P*K, O], [1, 1, O]
+    return (_ordered_sum(centred.square()) / (count - 1).clamp(min=1)).sqrt()[0, 0]
