@@ -107,7 +107,8 @@ class BandBeta:
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
         """Take beta and the moving average back."""
-        self._value, self._average = _number(state["value"]), state["average"]
+        average = state["average"]
+        self._value, self._average = _number(state["value"]), None if average is None else _number(average)
 
 
 def _check_finite(kl: float) -> None:
@@ -117,5 +118,5 @@ def _check_finite(kl: float) -> None:
 
 def _number(value: float | None) -> float:
     if value is None or not math.isfinite(value):
-        raise ValueError(f"beta is {value} in the saved state; expected a finite number")
+        raise ValueError(f"the saved state of a beta controller holds {value}; expected a finite number")
     return value

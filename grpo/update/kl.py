@@ -20,7 +20,8 @@ def bounded(log_ratio: Tensor, limit: float) -> Tensor:
 
     A plain clamp has gradient 0 exactly where the policy is furthest from its reference.
     """
-    return log_ratio + (log_ratio.clamp(-limit, limit) - log_ratio).detach()
+    # this order: log_ratio + (clamped - log_ratio) would round, and leave the bound, where log_ratio is large
+    return log_ratio.detach().clamp(-limit, limit) + (log_ratio - log_ratio.detach())
 
 
 def kl_penalty(
