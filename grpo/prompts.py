@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config import FilePrompts, HubPrompts, PromptsConfig, TaskPrompts
@@ -143,7 +145,7 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, max_tok
         rendered: Any = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True
         )
-    except ValueError as exc:
+    except (ValueError, TemplateError) as exc:  # a template refuses what it cannot render, such as a system message
         raise DatasetError(f"prompt {prompt.id!r} cannot be rendered as a chat: {exc}") from exc
     token_ids = tuple(int(token) for token in rendered["input_ids"])
     if len(token_ids) > max_tokens:
@@ -157,13 +159,16 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, max_tok
 def _read_file(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DatasetError(f"no dataset at {path}. Relative paths are resolved against the recipe's folder.")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark at the beginning
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DatasetError(f"{path} cannot be read as UTF-8 text: {exc}. Give a .jsonl or .json file.") from exc
     if path.suffix == ".json":
         rows = _parse_json(text, place=str(path))
         if not isinstance(rows, list):
             raise DatasetError(f"{path} holds {type(rows).__name__}, expected a list of rows")
     else:
-        lines = enumerate(text.splitlines(), start=1)
+        lines = enumerate(text.split("\n"), start=1)  # splitlines would also split at U+2028, inside a text
         rows = [_parse_json(line, place=f"{path} line {number}") for number, line in lines if line.strip()]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
@@ -199,8 +204,12 @@ def _to_prompts(
         raise DatasetError(f"{source} is empty: it holds no prompt")
     prompts = [_to_prompt(n, row, config, objectives, source=source) for n, row in enumerate(rows)]
     ids = [prompt.id for prompt in prompts]
-    if len(set(ids)) < len(ids):
-        raise DatasetError(f"{source} has the same id twice: {next(i for i in ids if ids.count(i) > 1)!r}")
+    twice = [prompt_id for prompt_id, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise DatasetError(
+            f"{source} has the same id twice: {twice[0]!r}. Give every row its own, or drop the column: "
+            "rows are then numbered."
+        )
     return prompts
 
 
@@ -214,15 +223,21 @@ def _to_prompt(
             "Name the right one with prompts.prompt_column."
         )
     reference = row.get(config.reference_column)
-    named = row.get("objectives") if config.objectives is None else None
     used = {config.prompt_column, config.reference_column, "id", "objectives"}
     return Prompt(
-        id=str(row.get("id", number)),
+        id=str(number if row.get("id") is None else row["id"]),
         messages=_messages(row[config.prompt_column], place=place),
-        objectives=tuple(named) if named else objectives,
+        objectives=objectives if config.objectives else _objectives(row.get("objectives"), objectives, place=place),
         reference=None if reference is None else str(reference),
         meta={key: value for key, value in row.items() if key not in used},
     )
+
+
+def _objectives(value: Any, default: tuple[str, ...], *, place: str) -> tuple[str, ...]:
+    names = [value] if isinstance(value, str) else value  # a text is one name, not its letters
+    if isinstance(names, list | tuple | None) and all(isinstance(name, str) for name in names or ()):
+        return tuple(names) if names else default
+    raise DatasetError(f"{place}: objectives is {value!r}; expected a name or a list of names")
 
 
 def _messages(value: Any, *, place: str) -> tuple[Message, ...]:
