@@ -36,7 +36,7 @@ def train(
     """Train a model by a recipe."""
     from grpo.recipe_loader import load_recipe
 
-    config = load_recipe(_recipe_of(recipe), overrides or [])
+    config = load_recipe(_recipe_of(recipe), [*_output_dir_of(recipe, resume=resume), *(overrides or [])])
     from grpo.diagnostics.display import make_display
     from grpo.diagnostics.report import write_report
     from grpo.metrics import observed_kl_name
@@ -55,7 +55,9 @@ def train(
         ]
         display.finish(dict(result.evaluation) or None, result.evaluation.get("examples"), paths)
         if result.was_interrupted:
-            display.note(f"interrupted after step {result.checkpoint.step}; go on with: grpo train {recipe} --resume")
+            display.note(
+                f"interrupted after step {result.checkpoint.step}; go on with: grpo train {result.run_dir} --resume"
+            )
     if result.was_interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
 
@@ -73,8 +75,11 @@ def evaluate(
 ) -> None:
     """Score a run's newest checkpoint, or a model, on held-out prompts."""
     from grpo.diagnostics.display import make_display
+    from grpo.errors import ConfigError
     from grpo.evaluation_run import evaluate_target
 
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ConfigError(f"--json {json_file.absolute()}: its folder does not exist. Make it, or name another file.")
     with make_display({}, {}) as display:
         result = evaluate_target(target, recipe=recipe, overrides=overrides or [])
         if json_file is not None:
@@ -94,6 +99,12 @@ def _recipe_of(name: str) -> str:
     """A run directory stands for the config it was started with."""
     saved = Path(name).expanduser() / "config.yaml"
     return str(saved) if saved.is_file() else name
+
+
+def _output_dir_of(name: str, *, resume: bool) -> list[str]:
+    """A run directory that was moved or copied is resumed where it lies now, not where it was made."""
+    folder = Path(name).expanduser().absolute()
+    return [f"output_dir={json.dumps(str(folder), ensure_ascii=False)}"] if resume and (folder / "config.yaml").is_file() else []
 
 
 def main() -> None:

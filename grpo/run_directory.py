@@ -34,15 +34,15 @@ class RunDirectory:
 
     def check_new(self) -> None:
         """Refuse a folder that exists or cannot be made; touches nothing. Raises ConfigError."""
-        if self.path.exists():
+        if os.path.lexists(self.path):  # pathlib's exists() raises where a parent may not be entered
             raise ConfigError(
                 f"output_dir {self.path} exists already. Continue that run with --resume, or give another name "
                 f"with output_dir={self.path}-2."
             )
         parent = self.path.parent
-        while not parent.exists():
+        while not os.path.exists(parent):
             parent = parent.parent
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
             raise ConfigError(f"output_dir {self.path} cannot be made: {parent} is no folder that can be written to.")
 
     def create(self, config: RunConfig) -> None:
@@ -60,10 +60,12 @@ class RunDirectory:
             ConfigError: there is no run, or a key that decides what is learned differs; it is named.
         """
         saved, now = load_run_config(self.path).model_dump(mode="json"), config.model_dump(mode="json")
-        changed = [key for key in saved if key not in MAY_CHANGE_ON_RESUME and saved[key] != now[key]]
+        changed = [
+            line for key in saved if key not in MAY_CHANGE_ON_RESUME for line in _differences(key, saved[key], now[key])
+        ]
         if changed:
             raise ConfigError(
-                f"{self.path} was started with another recipe: {', '.join(changed)} differ. "
+                f"{self.path} was started with another recipe: {'; '.join(changed)}. "
                 "Resume with the same values, or start a new run under another output_dir."
             )
 
@@ -90,6 +92,14 @@ class RunDirectory:
         """eval.json, empty where there is none."""
         path = self.path / "eval.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _differences(key: str, saved: Any, now: Any) -> list[str]:
+    """Dotted keys whose values differ, with both values."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        inner = dict.fromkeys([*saved, *now])
+        return [line for name in inner for line in _differences(f"{key}.{name}", saved.get(name), now.get(name))]
+    return [] if saved == now else [f"{key} was {saved!r}, now {now!r}"]
 
 
 def _write_atomically(path: Path, text: str) -> None:
