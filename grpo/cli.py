@@ -104,7 +104,11 @@ def _recipe_of(name: str) -> str:
 def _output_dir_of(name: str, *, resume: bool) -> list[str]:
     """A run directory that was moved or copied is resumed where it lies now, not where it was made."""
     folder = Path(name).expanduser().absolute()
-    return [f"output_dir={json.dumps(str(folder), ensure_ascii=False)}"] if resume and (folder / "config.yaml").is_file() else []
+    return (
+        [f"output_dir={json.dumps(str(folder), ensure_ascii=False)}"]
+        if resume and (folder / "config.yaml").is_file()
+        else []
+    )
 
 
 def main() -> None:
