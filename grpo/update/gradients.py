@@ -37,12 +37,14 @@ class GradientWindow:
         Raises:
             RuntimeError: the loss is detached from every parameter: nothing could be learned from it.
         """
-        if not loss.requires_grad:
+        gradients: tuple[Tensor | None, ...] = ()
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, list(self._parameters.values()), allow_unused=True)
+        if all(gradient is None for gradient in gradients):
             raise RuntimeError(
-                "the loss is detached from the parameters (no grad_fn): a no_grad block, a detach or an integer cast "
-                "lies between them, and nothing would be learned"
+                "the loss is detached from the parameters (no grad_fn leads to any of them): a no_grad block, a detach "
+                "or an integer cast lies between them, and nothing would be learned"
             )
-        gradients = torch.autograd.grad(loss, list(self._parameters.values()), allow_unused=True)
         for parameter, gradient in zip(self._parameters.values(), gradients, strict=True):
             if gradient is not None:
                 assert parameter.grad is not None  # start_window comes first

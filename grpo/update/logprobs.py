@@ -44,7 +44,7 @@ def token_logprobs(
         targets: [N] token ids.
         temperature: divides the (processed) logits; > 0.
         bias: [V] of the head, where it has one.
-        logit_scale: multiplies the raw logits, for models that scale them.
+        logit_scale: multiplies the raw logits, bias included, for models that scale them.
         softcap: logits become softcap * tanh(logits / softcap), for models that cap them.
         process: acts on a chunk of raw logits (replay of penalties and filters); see `Process`.
         chunk_tokens: positions per chunk; changes memory, not values.
@@ -89,9 +89,10 @@ def logprobs_under_both_laws(
         raise ValueError(f"{hidden.shape[0]} hidden states for {targets.shape[0]} targets")
 
     def chunk_logprobs(hidden_chunk: Tensor, targets_chunk: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = full_precision(hidden_chunk.to(lm_head_weight.dtype) @ lm_head_weight.T) * logit_scale  # [C, V]
+        logits = full_precision(hidden_chunk.to(lm_head_weight.dtype) @ lm_head_weight.T)  # [C, V]
         if bias is not None:
             logits = logits + bias
+        logits = logits * logit_scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         plain = torch.log_softmax(logits / temperature, dim=-1)  # [C, V]
