@@ -1,0 +1,236 @@
+"""Claims about log-probabilities from hidden states: chunks change memory, never a value or a gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from grpo.update.logprobs import Process, logprobs_under_both_laws, token_logprobs
+
+N, HIDDEN, V = 7, 5, 11
+
+
+def make_inputs(dtype: torch.dtype = torch.float64, *, n: int = N) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states [N, H], head [V, H], bias [V], targets [N]."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    return normal(n, HIDDEN), normal(V, HIDDEN), normal(V), torch.randint(0, V, (n,), generator=generator)
+
+
+def full_softmax(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    process: Process | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The slow twin: all logits at once, then one position at a time."""
+    logits = hidden @ head.T if bias is None else hidden @ head.T + bias
+    logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if process is not None:
+        logits = process(logits, torch.arange(len(logits)))
+    logprobs, entropies = [], []
+    for row, target in zip(logits, targets.tolist(), strict=True):
+        law = row / temperature - torch.logsumexp(row / temperature, dim=0)
+        there = law[~law.isneginf()]
+        logprobs.append(law[target])
+        entropies.append(-(there.exp() * there).sum())
+    return torch.stack(logprobs), torch.stack(entropies)
+
+
+def shift_by_position(logits: Tensor, positions: Tensor) -> Tensor:
+    """A stand-in for penalties: token (position mod V) loses 2 + position, so a wrong position shows."""
+    place = torch.nn.functional.one_hot(positions % V, V)
+    return logits - place * (2 + positions[:, None])
+
+
+def ban_small_tokens(logits: Tensor, positions: Tensor) -> Tensor:
+    """Drops the first (position mod 3) tokens, unlike penalties with probability exactly 0."""
+    return logits.masked_fill(torch.arange(V) < (positions % 3)[:, None], -torch.inf)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, N, 100])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7},
+        {"logit_scale": 0.25},
+        {"softcap": 1.5},
+        {"process": shift_by_position},
+        {"temperature": 1.3, "logit_scale": 2.0, "softcap": 3.0, "process": shift_by_position, "has_bias": True},
+        {"has_bias": True},
+    ],
+    ids=["plain", "temperature", "logit_scale", "softcap", "process", "all", "bias"],
+)
+def test_chunked_logprobs_and_entropy_match_the_full_softmax_in_values_and_gradients(
+    chunk_tokens: int, options: dict[str, object]
+) -> None:
+    hidden, head, bias, targets = make_inputs()
+    options = dict(options)
+    learns = [hidden, head]
+    if options.pop("has_bias", False):
+        options["bias"] = bias
+        learns.append(bias)
+    got = token_logprobs(hidden, head, targets, chunk_tokens=chunk_tokens, **options)  # pyright: ignore[reportArgumentType]
+    expected = full_softmax(hidden, head, targets, **options)  # pyright: ignore[reportArgumentType]
+    weights = torch.linspace(-1, 1, N, dtype=torch.float64)
+    for value, slow in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, slow, rtol=1e-10, atol=1e-10)
+        gradients = torch.autograd.grad((weights * value).sum(), learns, retain_graph=True)
+        slow_gradients = torch.autograd.grad((weights * slow).sum(), learns, retain_graph=True)
+        for gradient, slow_gradient in zip(gradients, slow_gradients, strict=True):
+            torch.testing.assert_close(gradient, slow_gradient, rtol=1e-10, atol=1e-10)
+
+
+def test_logprobs_and_entropy_are_those_worked_out_by_hand() -> None:
+    # logits ln 1, ln 2, ln 5 -> probabilities 1/8, 2/8, 5/8
+    hidden, head = torch.ones(1, 1), torch.tensor([[0.0], [math.log(2)], [math.log(5)]])
+    logprobs, entropy = token_logprobs(hidden, head, torch.tensor([1]))
+    assert logprobs.item() == pytest.approx(math.log(1 / 4))
+    # -(0.125 ln 0.125 + 0.25 ln 0.25 + 0.625 ln 0.625) = 0.259930 + 0.346574 + 0.293752
+    assert entropy.item() == pytest.approx(0.900256, abs=1e-6)
+    # temperature 0.5 squares them: 1, 4, 25 of 30
+    assert token_logprobs(hidden, head, torch.tensor([1]), temperature=0.5)[0].item() == pytest.approx(math.log(4 / 30))
+
+
+def test_the_head_is_scaled_together_with_its_bias() -> None:
+    # as Cohere and Granite do: lm_head(hidden) * scale; logits (0 + ln 3) * 2 = ln 9 and 0: 9 of 10
+    logprobs, _ = token_logprobs(
+        torch.ones(1, 1), torch.zeros(2, 1), torch.tensor([0]), bias=torch.tensor([math.log(3), 0.0]), logit_scale=2.0
+    )
+    assert logprobs.item() == pytest.approx(math.log(0.9))
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(0, 9), chunk_tokens=st.integers(1, 10), temperature=st.floats(0.1, 3.0))
+def test_any_chunk_size_gives_the_same_values(n: int, chunk_tokens: int, temperature: float) -> None:
+    hidden, head, _, targets = make_inputs(n=n)
+    one_chunk = logprobs_under_both_laws(
+        hidden, head, targets, temperature=temperature, process=shift_by_position, chunk_tokens=100
+    )
+    chunked = logprobs_under_both_laws(
+        hidden, head, targets, temperature=temperature, process=shift_by_position, chunk_tokens=chunk_tokens
+    )
+    for value, expected in zip(chunked, one_chunk, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, N])
+def test_the_third_output_is_the_law_without_processing(chunk_tokens: int) -> None:
+    hidden, head, _, targets = make_inputs()
+    law, entropy, plain = logprobs_under_both_laws(
+        hidden, head, targets, temperature=0.8, process=shift_by_position, chunk_tokens=chunk_tokens
+    )
+    torch.testing.assert_close(plain, full_softmax(hidden, head, targets, temperature=0.8)[0], rtol=1e-10, atol=1e-10)
+    expected = full_softmax(hidden, head, targets, temperature=0.8, process=shift_by_position)
+    torch.testing.assert_close(law, expected[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(entropy, expected[1], rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(law, plain)
+
+
+def test_without_processing_both_laws_are_one() -> None:
+    hidden, head, _, targets = make_inputs()
+    law, _, plain = logprobs_under_both_laws(hidden, head, targets)
+    assert torch.equal(law, plain)
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, N])
+def test_dropped_tokens_leave_values_entropy_and_gradients_finite(chunk_tokens: int) -> None:
+    hidden, head, _, _ = make_inputs()
+    targets = torch.full((N,), V - 1)  # never dropped
+    logprobs, entropy = token_logprobs(hidden, head, targets, process=ban_small_tokens, chunk_tokens=chunk_tokens)
+    expected = full_softmax(hidden, head, targets, process=ban_small_tokens)
+    for value, slow in zip((logprobs, entropy), expected, strict=True):
+        torch.testing.assert_close(value, slow, rtol=1e-10, atol=1e-10)
+        gradients = torch.autograd.grad(value.sum(), [hidden, head], retain_graph=True)
+        slow_gradients = torch.autograd.grad(slow.sum(), [hidden, head], retain_graph=True)
+        for gradient, slow_gradient in zip(gradients, slow_gradients, strict=True):
+            torch.testing.assert_close(gradient, slow_gradient, rtol=1e-10, atol=1e-10)
+
+
+def test_a_law_with_one_token_left_has_probability_one_and_entropy_zero() -> None:
+    hidden, head, _, _ = make_inputs(torch.float32)
+
+    def keep_the_last(logits: Tensor, positions: Tensor) -> Tensor:
+        return logits.masked_fill(torch.arange(V) < V - 1, -torch.inf)
+
+    logprobs, entropy = token_logprobs(hidden, head, torch.full((N,), V - 1), process=keep_the_last)
+    assert logprobs.tolist() == [0.0] * N
+    assert entropy.tolist() == [0.0] * N
+
+
+def test_a_frozen_head_still_lets_the_gradient_reach_the_hidden_states() -> None:
+    hidden, head, _, targets = make_inputs()
+    (gradient,) = torch.autograd.grad(token_logprobs(hidden, head.detach(), targets, chunk_tokens=3)[0].sum(), hidden)
+    # d logprob / d hidden = head[target] - sum_v p_v head[v]
+    probabilities = torch.softmax(hidden @ head.T, dim=-1)
+    torch.testing.assert_close(gradient, (head[targets] - probabilities @ head).detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_a_head_alone_learns_from_frozen_hidden_states() -> None:
+    hidden, head, _, targets = make_inputs()
+    (gradient,) = torch.autograd.grad(token_logprobs(hidden.detach(), head, targets, chunk_tokens=3)[0].sum(), head)
+    (expected,) = torch.autograd.grad(full_softmax(hidden.detach(), head, targets)[0].sum(), head)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_without_gradients_the_values_are_the_same() -> None:
+    hidden, head, _, targets = make_inputs()
+    with_gradient = token_logprobs(hidden, head, targets, chunk_tokens=2)
+    with torch.no_grad():
+        without = token_logprobs(hidden, head, targets, chunk_tokens=2)
+    for value, expected in zip(without, with_gradient, strict=True):
+        assert not value.requires_grad
+        assert torch.equal(value, expected.detach())
+
+
+def test_half_precision_models_give_float32_logprobs_of_the_same_logits() -> None:
+    hidden, head, _, targets = make_inputs(torch.bfloat16)
+    logprobs, entropy = token_logprobs(hidden, head, targets, chunk_tokens=100)
+    expected = torch.log_softmax((hidden @ head.T).float(), dim=-1).gather(1, targets[:, None])[:, 0]
+    assert (logprobs.dtype, entropy.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(logprobs, expected)
+
+
+def test_logits_as_large_as_1e4_do_not_overflow() -> None:
+    hidden, head = torch.tensor([[1e4]], requires_grad=True), torch.tensor([[1.0], [-1.0]])
+    logprobs, entropy = token_logprobs(hidden.repeat(2, 1), head, torch.tensor([0, 1]))
+    assert logprobs.tolist() == [0.0, -2e4]
+    assert entropy.tolist() == [0.0, 0.0]
+    assert torch.isfinite(torch.autograd.grad((logprobs + entropy).sum(), hidden)[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_positions_give_no_logprobs(dtype: torch.dtype) -> None:
+    hidden, head, _, targets = make_inputs(dtype, n=0)
+    for value in logprobs_under_both_laws(hidden, head, targets):
+        assert value.shape == (0,)
+        assert value.dtype == torch.float32
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_a_temperature_that_is_not_positive_is_refused(temperature: float) -> None:
+    hidden, head, _, targets = make_inputs()
+    with pytest.raises(ValueError, match="temperature"):
+        token_logprobs(hidden, head, targets, temperature=temperature)
+
+
+def test_hidden_states_and_targets_of_different_lengths_are_refused() -> None:
+    hidden, head, _, targets = make_inputs()
+    with pytest.raises(ValueError, match="7 hidden states for 6 targets"):
+        token_logprobs(hidden, head, targets[:-1])
