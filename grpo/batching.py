@@ -14,14 +14,14 @@ from grpo.types import ScoredGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Rows that go through the model together. Right-padded."""
+    """Rows that go through the model together: G prompts, each once, and their B completions. Right-padded."""
 
-    input_ids: Tensor
-    """[B, L] prompt, then completion."""
-    attention_mask: Tensor
-    """[B, L] 1 on tokens."""
-    prompt_lengths: Tensor
-    """[B] tokens before the completion."""
+    prompt_ids: Tensor
+    """[G, T_prompt]"""
+    prompt_mask: Tensor
+    """[G, T_prompt] 1 on tokens."""
+    prompt_of_row: Tensor
+    """[B] which of the G prompts a completion answers."""
     completion_ids: Tensor
     """[B, T] sampled tokens."""
     completion_mask: Tensor
@@ -60,15 +60,12 @@ class TrainBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Row:
+    group: int
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     sampler_logprobs: tuple[float, ...]
     advantage: float
     is_scored: list[bool]
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt_ids) + len(self.completion_ids)
 
 
 def score_tensor(groups: Sequence[ScoredGroup], objectives: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -93,14 +90,15 @@ def build_batch(
     scale: Scale,
     micro_batch_tokens: int,
 ) -> TrainBatch:
-    """Advantages, then rows sorted by length into micro-batches under a token budget.
+    """Advantages, then rows into micro-batches under a token budget, a group's rows together where they fit.
 
     A row without any verdict leaves the update: no policy term, no KL term, not in the denominator.
 
     Args:
         groups: P groups of K scored completions each.
         weights: objective -> weight, in the recipe's order.
-        micro_batch_tokens: rows times the longest row, padding included, stays within this; a longer row goes alone.
+        micro_batch_tokens: prompts and completions of a micro-batch, padding included, stay within this; a row that
+            alone is longer goes alone.
     """
     objectives = tuple(weights)
     scores, applies = score_tensor(groups, objectives)
@@ -108,6 +106,7 @@ def build_batch(
     advantages = group_advantages(scores, objective_weights, combine=combine, scale=scale, applies=applies)
     rows = [
         _Row(
+            group=p,
             prompt_ids=group.rollout.prompt_token_ids,
             completion_ids=completion.token_ids,
             sampler_logprobs=completion.sampler_logprobs,
@@ -128,23 +127,34 @@ def build_batch(
 
 
 def _split(rows: Sequence[_Row], budget: int) -> list[list[_Row]]:
+    # groups of like length side by side: padding is computed too
+    longest: dict[int, int] = {}
+    for row in rows:
+        length = len(row.prompt_ids) + len(row.completion_ids)
+        longest[row.group] = max(longest.get(row.group, 0), length)
     parts: list[list[_Row]] = []
-    for row in sorted(rows, key=lambda row: row.length, reverse=True):
-        # the first row of a part is its longest: its length is the padded width
-        if parts and (len(parts[-1]) + 1) * parts[-1][0].length <= budget:
+    for row in sorted(rows, key=lambda row: (-longest[row.group], row.group, -len(row.completion_ids))):
+        if parts and _padded_tokens([*parts[-1], row]) <= budget:
             parts[-1].append(row)
         else:
             parts.append([row])
     return parts
 
 
+def _padded_tokens(rows: Sequence[_Row]) -> int:
+    """Tokens of a micro-batch, padding included: each prompt once, each completion."""
+    prompts = len({row.group for row in rows}) * max(len(row.prompt_ids) for row in rows)
+    return prompts + len(rows) * max(len(row.completion_ids) for row in rows)
+
+
 def _collate(rows: Sequence[_Row]) -> MicroBatch:
-    texts = [[*row.prompt_ids, *row.completion_ids] for row in rows]
+    prompts = {row.group: row.prompt_ids for row in rows}
+    place = {group: index for index, group in enumerate(prompts)}
     completions = [row.completion_ids for row in rows]
     return MicroBatch(
-        input_ids=_padded(texts, 0),
-        attention_mask=_padded([[1] * len(text) for text in texts], 0),
-        prompt_lengths=torch.tensor([len(row.prompt_ids) for row in rows]),
+        prompt_ids=_padded(list(prompts.values()), 0),
+        prompt_mask=_padded([[1] * len(tokens) for tokens in prompts.values()], 0),
+        prompt_of_row=torch.tensor([place[row.group] for row in rows]),
         completion_ids=_padded(completions, 0),
         completion_mask=_padded([[1] * len(tokens) for tokens in completions], 0).bool(),
         sampler_logprobs=_padded([row.sampler_logprobs for row in rows], 0.0),

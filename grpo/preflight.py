@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from grpo.config import BandBetaConfig, BetaConfig, RunConfig
 from grpo.errors import ConfigError
@@ -26,6 +26,9 @@ from grpo.types import Prompt
 from grpo.update.beta import BandBeta, BetaController, FixedBeta
 from grpo.update.step import Updater
 from rewards.base import RewardContext
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,15 +7,19 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from grpo.config import LoraTrainable, TrainableConfig
 from grpo.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +58,11 @@ class Policy:
     def causal_lm(self) -> PreTrainedModel:
         """The language model itself, adapter layers inside."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # pyright: ignore[reportReturnType]
+
+    @property
+    def trains_all_weights(self) -> bool:
+        """No adapter: every parameter learns, and the reference is a copy."""
+        return self._reference is not None
 
     @property
     def device(self) -> torch.device:
@@ -103,8 +112,6 @@ class Policy:
 
     def load(self, folder: Path) -> None:
         """Take back the trainable parameters that `save` wrote. Raises CheckpointError where they do not fit."""
-        from safetensors.torch import load_file
-
         name = "adapter_model.safetensors" if isinstance(self.model, PeftModel) else "model.safetensors"
         saved = load_file(folder / name)
         own = self.trainable_parameters()

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from grpo.batching import MicroBatch
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.replay import Replay
 from grpo.runtime.policy import Policy, language_model_head
 from grpo.update.logprobs import logprobs_under_both_laws
+from grpo.update.shared_prefix import predicting_states
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +46,9 @@ def reference_logprobs(policy: Policy, batch: MicroBatch, params: SamplingParams
 
 
 def _autocast(policy: Policy) -> torch.autocast:
-    """Float32 parameters of a full training multiply in the compute dtype; adapters need no cast."""
-    return torch.autocast(policy.device.type, policy.compute_dtype, enabled=policy.compute_dtype != torch.float32)
+    """Float32 weights of a full training multiply in the compute dtype; adapters beside frozen weights need no cast."""
+    is_needed = policy.trains_all_weights and policy.compute_dtype != torch.float32
+    return torch.autocast(policy.device.type, policy.compute_dtype, enabled=is_needed)
 
 
 def _pass(
@@ -59,13 +64,9 @@ def _pass(
     replay = Replay(params, batch.completion_ids, rows, offsets)
     head = language_model_head(model)
     with autocast:
-        hidden = model.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).last_hidden_state  # [B, L, H]
-    # the state before a token predicts it: only these positions reach the head
-    predicting = hidden[rows, batch.prompt_lengths[rows] + offsets - 1]  # [N, H]
+        states = predicting_states(model, batch)  # [B, T, H]
     logprobs, entropy, plain = logprobs_under_both_laws(
-        predicting,
+        states[rows, offsets],  # [N, H] only completion positions reach the head
         head.weight,
         targets,
         temperature=params.temperature,

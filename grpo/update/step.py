@@ -95,7 +95,7 @@ class Updater:
                 loss = self._loss(micro_batch.to(self.policy.device), batch, betas, window)
                 if not bool(torch.isfinite(loss)):
                     raise NonFiniteUpdate(
-                        f"the loss of a micro-batch of {micro_batch.num_tokens} tokens is {float(loss)}; "
+                        f"the loss of a micro-batch of {micro_batch.num_tokens} tokens is {loss.item()}; "
                         "no optimizer step was taken. Look at the step's completions and at update.kl."
                     )
                 self.gradients.add(loss)

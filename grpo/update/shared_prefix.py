@@ -1,0 +1,70 @@
+"""Last hidden states that predict each completion token, with every prompt computed once for its K completions.
+
+The prompts go through the model first and leave their keys and values, with gradient, in a cache; the completions then
+read them from there. The arithmetic is that of whole rows, and so is the gradient; a model whose cache is not plain
+keys and values is given whole rows instead.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from grpo.batching import MicroBatch
+
+
+def predicting_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+    """[B, T, H] the hidden state before each completion token; arbitrary where the completion mask is 0."""
+    return _shared(model, batch) if can_share_prompts(model) else whole_row_states(model, batch)
+
+
+def can_share_prompts(model: PreTrainedModel) -> bool:
+    """Whether the model keeps plain keys and values for every layer: no sliding window, no recurrent state."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def _shared(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+    cache = DynamicCache(config=model.config)
+    prompt_states = model.base_model(
+        input_ids=batch.prompt_ids,
+        attention_mask=batch.prompt_mask,
+        position_ids=_positions(batch.prompt_mask),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state  # [G, T_prompt, H]
+    lengths = batch.prompt_mask.sum(dim=1)  # [G]
+    groups = torch.arange(len(lengths), device=lengths.device)
+    first = prompt_states[groups, lengths - 1][batch.prompt_of_row][:, None]  # [B, 1, H] predicts the first token
+    if batch.completion_ids.shape[1] == 1:
+        return first
+    cache.batch_select_indices(batch.prompt_of_row)
+    read = batch.completion_mask[:, :-1].long()  # the last token predicts nothing
+    rest = model.base_model(
+        input_ids=batch.completion_ids[:, :-1],
+        attention_mask=torch.cat([batch.prompt_mask[batch.prompt_of_row], read], dim=1),
+        position_ids=lengths[batch.prompt_of_row][:, None] + torch.arange(read.shape[1], device=read.device),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state  # [B, T - 1, H]
+    return torch.cat([first, rest], dim=1)
+
+
+def whole_row_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+    """The same from rows that hold prompt and completion: slower, for any causal model."""
+    mask = torch.cat([batch.prompt_mask[batch.prompt_of_row], batch.completion_mask.long()], dim=1)  # [B, L]
+    states = model.base_model(
+        input_ids=torch.cat([batch.prompt_ids[batch.prompt_of_row], batch.completion_ids], dim=1),
+        attention_mask=mask,
+        position_ids=_positions(mask),
+        use_cache=False,
+    ).last_hidden_state  # [B, L, H]
+    rows = torch.arange(mask.shape[0], device=mask.device)
+    first = states[rows, batch.prompt_mask.sum(dim=1)[batch.prompt_of_row] - 1][:, None]  # [B, 1, H]
+    return torch.cat([first, states[:, batch.prompt_mask.shape[1] : -1]], dim=1)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """[B, T] places in the text, padding not counted."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
