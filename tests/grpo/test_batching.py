@@ -1,0 +1,233 @@
+"""Claims about ScoredGroups -> TrainBatch: which rows learn, what they hold, and how they are split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo.batching import MicroBatch, TrainBatch, build_batch, score_tensor
+from grpo.types import Completion, Message, Prompt, RolloutGroup, ScoredGroup, Verdict
+
+Scores = Mapping[str, float | None]
+
+
+def make_group(
+    scores: Sequence[Scores],
+    *,
+    lengths: Sequence[int] | None = None,
+    number: int = 0,
+    prompt_length: int = 2,
+    objectives: tuple[str, ...] | None = None,
+) -> ScoredGroup:
+    """One completion per entry of `scores`; every token id tells its prompt, row and place: 1000 p + 100 k + t + 1."""
+    lengths = lengths or [2] * len(scores)
+    base = 1000 * number
+    completions = tuple(
+        Completion(
+            token_ids=tuple(base + 100 * k + t + 1 for t in range(length)),
+            text="",
+            sampler_logprobs=tuple(-(k + 1) - t / 8 for t in range(length)),
+            finish_reason="stop",
+        )
+        for k, length in enumerate(lengths)
+    )
+    prompt = Prompt(
+        id=f"p{number}", messages=(Message(role="user", content="?"),), objectives=objectives or tuple(scores[0])
+    )
+    return ScoredGroup(
+        rollout=RolloutGroup(
+            prompt=prompt,
+            prompt_token_ids=tuple(base + 900 + t for t in range(prompt_length)),
+            completions=completions,
+        ),
+        verdicts=tuple({name: Verdict(value=value, parts={}) for name, value in row.items()} for row in scores),
+    )
+
+
+def batch_of(*groups: ScoredGroup, weights: dict[str, float] | None = None, micro_batch_tokens: int = 64) -> TrainBatch:
+    return build_batch(
+        groups, weights or {"a": 1.0}, combine="decoupled", scale="none", micro_batch_tokens=micro_batch_tokens
+    )
+
+
+RowContent = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...], float, tuple[bool, ...]]
+
+
+def rows_of(batch: TrainBatch) -> list[RowContent]:
+    """Every row without its padding: prompt, completion, sampler_logprobs, advantage, is_scored."""
+    return [row for part in batch.micro_batches for row in rows_of_part(part)]
+
+
+def rows_of_part(part: MicroBatch) -> list[RowContent]:
+    rows: list[RowContent] = []
+    for b, prompt in enumerate(part.prompt_of_row.tolist()):
+        mask = part.completion_mask[b]
+        rows.append(
+            (
+                tuple(part.prompt_ids[prompt][part.prompt_mask[prompt].bool()].tolist()),
+                tuple(part.completion_ids[b][mask].tolist()),
+                tuple(part.sampler_logprobs[b][mask].tolist()),
+                part.advantages[b].item(),
+                tuple(part.is_scored[b].tolist()),
+            )
+        )
+    return rows
+
+
+@st.composite
+def groups_of_rows(draw: st.DrawFn) -> list[ScoredGroup]:
+    size = draw(st.integers(1, 4))
+    value = st.sampled_from([None, 0.0, 0.5, 1.0])
+    return [
+        make_group(
+            [{"a": draw(value)} for _ in range(size)],
+            lengths=[draw(st.integers(1, 9)) for _ in range(size)],
+            number=number,
+            prompt_length=draw(st.integers(1, 6)),
+        )
+        for number in range(draw(st.integers(1, 4)))
+    ]
+
+
+def test_ids_masks_and_prompts_are_those_worked_out_by_hand() -> None:
+    batch = batch_of(
+        make_group([{"a": 1.0}, {"a": 0.0}], lengths=[1, 3]),
+        make_group([{"a": 0.0}, {"a": 4.0}], lengths=[4, 2], number=1, prompt_length=3),
+    )
+    (part,) = batch.micro_batches  # the group with the longest row (3 + 4) first, and in it the longest completion
+    assert part.prompt_ids.tolist() == [[1900, 1901, 1902], [900, 901, 0]]
+    assert part.prompt_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert part.prompt_of_row.tolist() == [0, 0, 1, 1]
+    assert part.completion_ids.tolist() == [
+        [1001, 1002, 1003, 1004],
+        [1101, 1102, 0, 0],
+        [101, 102, 103, 0],
+        [1, 0, 0, 0],
+    ]
+    assert part.completion_mask.int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]]
+    assert part.sampler_logprobs[0].tolist() == [-1.0, -1.125, -1.25, -1.375]
+    assert part.sampler_logprobs[1].tolist() == [-2.0, -2.125, 0.0, 0.0]
+    assert part.advantages.tolist() == [-2.0, 2.0, -0.5, 0.5]
+    assert part.is_scored.tolist() == [[True]] * 4
+    assert batch.num_tokens == part.num_tokens == 10
+
+
+def test_a_row_without_any_verdict_leaves_the_batch_and_its_denominator() -> None:
+    batch = batch_of(make_group([{"a": 1.0}, {"a": None}, {"a": 0.0}, {"a": 0.0}], lengths=[2, 30, 3, 4]))
+    assert [row[1][0] // 100 for row in rows_of(batch)] == [3, 2, 0]
+    assert batch.num_tokens == 2 + 3 + 4
+    # mean over the three verdicts 1/3
+    assert {row[1][0] // 100: round(row[3], 6) for row in rows_of(batch)} == {0: 0.666667, 2: -0.333333, 3: -0.333333}
+    assert batch.advantages.combined.shape == (1, 4)  # the report still sees all of them
+
+
+def test_a_row_with_advantage_zero_stays_for_the_kl_and_the_denominator() -> None:
+    batch = batch_of(make_group([{"a": 0.5}, {"a": 0.5}], lengths=[2, 3]))
+    assert [row[3] for row in rows_of(batch)] == [0.0, 0.0]
+    assert batch.num_tokens == 5
+
+
+def test_the_only_verdict_of_a_group_keeps_its_row_with_advantage_zero() -> None:
+    batch = batch_of(make_group([{"a": 1.0}, {"a": None}], lengths=[2, 3]))
+    assert [row[3] for row in rows_of(batch)] == [0.0]
+    assert batch.num_tokens == 2
+
+
+def test_a_batch_without_any_verdict_has_no_rows_and_no_tokens() -> None:
+    batch = batch_of(make_group([{"a": None}, {"a": None}]))
+    assert batch.micro_batches == ()
+    assert batch.num_tokens == 0
+
+
+def test_each_row_knows_which_objectives_scored_it() -> None:
+    batch = batch_of(
+        make_group([{"a": 1.0, "b": 0.0}, {"a": None, "b": 1.0}], lengths=[3, 2]),
+        make_group([{"b": 1.0}, {"b": None}], lengths=[1, 1], number=1),
+        weights={"b": 2.0, "a": 0.5},
+    )
+    assert batch.objectives == ("b", "a")
+    assert batch.weights.tolist() == [2.0, 0.5]
+    assert [(row[1][0], row[4]) for row in rows_of(batch)] == [
+        (1, (True, True)),
+        (101, (True, False)),
+        (1001, (True, False)),
+    ]
+
+
+def test_scores_are_nan_where_missing_and_where_the_objective_does_not_apply() -> None:
+    scores, applies = score_tensor(
+        [make_group([{"a": 1.0}, {"a": None}]), make_group([{"a": 2.0, "b": 3.0}, {"a": 4.0, "b": 5.0}])], ("a", "b")
+    )
+    assert applies.tolist() == [[True, False], [True, True]]
+    assert scores.isnan().tolist() == [[[False, True], [True, True]], [[False, False], [False, False]]]
+    assert scores.nan_to_num(-1.0).tolist() == [[[1.0, -1.0], [-1.0, -1.0]], [[2.0, 3.0], [4.0, 5.0]]]
+
+
+def test_a_verdict_of_an_objective_that_the_prompt_does_not_ask_for_does_not_keep_a_row() -> None:
+    group = make_group([{"a": None, "b": 1.0}, {"a": 1.0, "b": 0.0}], objectives=("a",), lengths=[4, 3])
+    batch = batch_of(group, weights={"a": 1.0, "b": 1.0})
+    assert batch.num_tokens == 3
+    assert [row[4] for row in rows_of(batch)] == [(True, False)]
+
+
+def test_micro_batches_are_cut_where_the_padded_size_would_pass_the_budget() -> None:
+    # a prompt of 2 once, and completions of 8, 4, 4, 3, 1; budget 14: 2 + 8, for 2 + 2 * 8 is too much;
+    # 2 + 3 * 4 = 14 just fits (the 3 is padded); then 2 + 1
+    group = make_group([{"a": float(k)} for k in range(5)], lengths=[4, 8, 1, 4, 3])
+    batch = batch_of(group, micro_batch_tokens=14)
+    assert [list(part.completion_ids.shape) for part in batch.micro_batches] == [[1, 8], [3, 4], [1, 1]]
+    assert [part.prompt_ids.tolist() for part in batch.micro_batches] == [[[900, 901]]] * 3
+
+
+def test_a_row_longer_than_the_budget_goes_alone() -> None:
+    batch = batch_of(make_group([{"a": 1.0}, {"a": 0.0}], lengths=[50, 60]), micro_batch_tokens=10)
+    assert [list(part.completion_ids.shape) for part in batch.micro_batches] == [[1, 60], [1, 50]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(groups=groups_of_rows(), budget=st.integers(1, 60))
+def test_no_micro_batch_of_several_rows_passes_the_budget(groups: list[ScoredGroup], budget: int) -> None:
+    batch = batch_of(*groups, micro_batch_tokens=budget)
+    for part in batch.micro_batches:
+        assert part.completion_ids.shape[0] == 1 or part.prompt_ids.numel() + part.completion_ids.numel() <= budget
+        # no padding that nobody needs: every column has a token, every prompt a row
+        assert part.prompt_mask.any(dim=0).all()
+        assert part.completion_mask.any(dim=0).all()
+        assert set(part.prompt_of_row.tolist()) == set(range(part.prompt_ids.shape[0]))
+    assert batch.num_tokens == sum(part.num_tokens for part in batch.micro_batches)
+    assert batch.num_tokens == sum(len(row[1]) for row in rows_of(batch))
+
+
+@settings(max_examples=50, deadline=None)
+@given(groups=groups_of_rows(), budget=st.integers(1, 60), data=st.data())
+def test_every_scored_row_is_there_once_whatever_the_order_and_the_split(
+    groups: list[ScoredGroup], budget: int, data: st.DataObject
+) -> None:
+    order = data.draw(st.permutations(groups))
+    one_part = batch_of(*groups, micro_batch_tokens=10_000)
+    assert sorted(rows_of(batch_of(*order, micro_batch_tokens=budget))) == sorted(rows_of(one_part))
+    expected = {
+        (group.rollout.prompt_token_ids, completion.token_ids, completion.sampler_logprobs)
+        for group in groups
+        for completion, verdicts in zip(group.rollout.completions, group.verdicts, strict=True)
+        if verdicts["a"].value is not None
+    }
+    assert {row[:3] for row in rows_of(one_part)} == expected
+    assert len(one_part.micro_batches) <= 1
+
+
+def test_the_sampler_logprobs_are_float32_and_the_ids_int64() -> None:
+    (part,) = batch_of(make_group([{"a": 1.0}, {"a": 0.0}])).micro_batches
+    assert part.sampler_logprobs.dtype == part.advantages.dtype == torch.float32
+    assert part.prompt_ids.dtype == part.completion_ids.dtype == torch.int64
+    assert part.completion_mask.dtype == part.is_scored.dtype == torch.bool
+
+
+def test_a_score_that_is_infinite_stops_the_batch() -> None:
+    with pytest.raises(ValueError, match="infinite"):
+        batch_of(make_group([{"a": math.inf}, {"a": 0.0}]))

@@ -1,0 +1,157 @@
+"""Claims about objectives: what is missing stays missing, and what cannot work is refused with names."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo.config import BandBetaConfig, FixedBetaConfig, ObjectiveConfig
+from grpo.errors import ConfigError
+from grpo.objectives import build_objectives, check_objectives_of_prompts, weighted_sum
+from rewards.base import RewardContext
+from rewards.config import RewardSpec
+
+
+def make_config(
+    *names: str,
+    beta: BandBetaConfig | FixedBetaConfig | None = None,
+    weight: float = 1.0,
+    eval_rewards: tuple[RewardSpec, ...] | None = None,
+) -> ObjectiveConfig:
+    return ObjectiveConfig(
+        weight=weight,
+        rewards=tuple(RewardSpec(name=name, weight=1.0) for name in names or ("exact_match",)),
+        eval_rewards=eval_rewards,
+        beta=beta or FixedBetaConfig(type="fixed", value=0.02),
+    )
+
+
+def banded(low: float, high: float, observe: str = "k3") -> ObjectiveConfig:
+    return make_config(beta=BandBetaConfig(low=low, high=high, observe=observe))  # pyright: ignore[reportArgumentType]
+
+
+# Scores
+
+
+def test_a_score_is_the_weighted_sum_of_its_parts() -> None:
+    assert weighted_sum({"x": 2.0, "y": 0.5}, {"x": 1.0, "y": -3.0}) == 0.5  # 2 - 1.5
+
+
+def test_one_missing_part_makes_the_score_missing_and_not_smaller() -> None:
+    assert weighted_sum({"x": 2.0, "y": None}, {"x": 1.0, "y": 0.01}) is None
+
+
+def test_a_missing_part_of_weight_zero_is_only_logged() -> None:
+    assert weighted_sum({"x": 2.0, "y": None}, {"x": 1.5, "y": 0.0}) == 3.0
+
+
+def test_a_score_of_zero_is_not_missing() -> None:
+    assert weighted_sum({"x": 0.0}, {"x": 1.0}) == 0.0
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    parts=st.dictionaries(
+        st.text(min_size=1, max_size=3),
+        st.tuples(st.one_of(st.none(), st.floats(-1e6, 1e6)), st.sampled_from([-1.0, 0.0, 0.1, 2.0])),
+        min_size=1,
+    ),
+    data=st.data(),
+)
+def test_the_order_of_the_parts_changes_no_bit_of_the_score(
+    parts: dict[str, tuple[float | None, float]], data: st.DataObject
+) -> None:
+    weights = {name: weight for name, (_, weight) in parts.items()}
+    order = data.draw(st.permutations(list(parts)))
+    score = weighted_sum({name: value for name, (value, _) in parts.items()}, weights)
+    assert weighted_sum({name: parts[name][0] for name in order}, weights) == score
+    counted = [(value, weight) for value, weight in parts.values() if weight != 0]
+    assert (score is None) == any(value is None for value, _ in counted)
+    if score is not None:
+        assert score == pytest.approx(sum(weight * (value or 0.0) for value, weight in counted), abs=1e-6)
+
+
+# Building
+
+
+def test_objectives_are_built_in_the_recipes_order_with_their_weights() -> None:
+    configs = {"facts": make_config("exact_match", weight=2.0), "brevity": make_config("exact_match", weight=0.5)}
+    built = build_objectives(configs, RewardContext(base_dir=Path()))
+    assert [(objective.name, objective.weight) for objective in built] == [("facts", 2.0), ("brevity", 0.5)]
+    assert [[reward.name for reward in objective.rewards] for objective in built] == [["exact_match"]] * 2
+
+
+def test_evaluation_takes_the_evaluation_rewards_where_there_are_any() -> None:
+    spec = RewardSpec(name="math:fsum", weight=3.0)
+    configs = {"a": make_config("exact_match", eval_rewards=(spec,)), "b": make_config("exact_match")}
+    context = RewardContext(base_dir=Path())
+    in_evaluation = build_objectives(configs, context, for_evaluation=True)
+    assert [[reward.name for reward in objective.rewards] for objective in in_evaluation] == [
+        ["math:fsum"],
+        ["exact_match"],
+    ]
+    assert in_evaluation[0].rewards[0].weight == 3.0
+    assert in_evaluation[0].rewards[0].reward is math.fsum
+    in_training = build_objectives(configs, context)
+    assert [objective.rewards[0].name for objective in in_training] == ["exact_match", "exact_match"]
+
+
+def test_a_reward_that_does_not_exist_is_named_together_with_its_objective() -> None:
+    with pytest.raises(ConfigError, match=r"objectives\.facts: .*'exact_mach'.*'exact_match'"):
+        build_objectives({"facts": make_config("exact_mach")}, RewardContext(base_dir=Path()))
+
+
+# Prompts and bands
+
+
+def test_a_prompt_that_asks_for_an_unknown_objective_is_refused_with_its_name() -> None:
+    configs = {"facts": make_config()}
+    with pytest.raises(ConfigError, match=r"data\.jsonl asks for objectives \['facts', 'fatcs'\].*\['facts'\]"):
+        check_objectives_of_prompts([("facts",), ("facts", "fatcs")], configs, source="data.jsonl")
+
+
+def test_a_prompt_without_any_objective_is_refused() -> None:
+    with pytest.raises(ConfigError, match="asks for objectives"):
+        check_objectives_of_prompts([()], {"facts": make_config()}, source="data.jsonl")
+
+
+def test_bands_that_do_not_meet_on_shared_rows_are_refused_with_both_named() -> None:
+    configs = {"fair": banded(0.02, 0.06), "true": banded(0.08, 0.15)}
+    with pytest.raises(ConfigError, match=r"fair \[0\.02, 0\.06\].*true \[0\.08, 0\.15\]"):
+        check_objectives_of_prompts([("fair", "true")], configs, source="data.jsonl")
+
+
+def test_the_same_bands_are_accepted_where_no_row_is_shared() -> None:
+    configs = {"fair": banded(0.02, 0.06), "true": banded(0.08, 0.15)}
+    check_objectives_of_prompts([("fair",), ("true",)], configs, source="data.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.05, 0.15), (0.06, 0.15), (0.03, 0.04)], ids=["overlap", "touch", "inside"]
+)
+def test_bands_with_a_common_point_are_accepted_on_shared_rows(low: float, high: float) -> None:
+    configs = {"fair": banded(0.02, 0.06), "true": banded(low, high)}
+    check_objectives_of_prompts([("fair", "true")], configs, source="data.jsonl")
+
+
+def test_three_bands_that_meet_in_pairs_only_are_refused() -> None:
+    # [0, 1] and [2, 3] have no common point, though both meet [0.5, 2.5]
+    configs = {"a": banded(0.0, 1.0), "b": banded(0.5, 2.5), "c": banded(2.0, 3.0)}
+    with pytest.raises(ConfigError, match="do not meet"):
+        check_objectives_of_prompts([("a", "b", "c")], configs, source="data.jsonl")
+    check_objectives_of_prompts([("a", "b"), ("b", "c")], configs, source="data.jsonl")
+
+
+def test_bands_of_different_quantities_are_refused_on_shared_rows() -> None:
+    configs = {"fair": banded(0.02, 0.06, "k3"), "true": banded(0.02, 0.06, "penalty")}
+    with pytest.raises(ConfigError, match=r"of k3.*of penalty"):
+        check_objectives_of_prompts([("fair", "true")], configs, source="data.jsonl")
+
+
+def test_a_fixed_beta_meets_every_band() -> None:
+    configs = {"fair": banded(0.02, 0.06), "true": make_config()}
+    check_objectives_of_prompts([("fair", "true")], configs, source="data.jsonl")
