@@ -92,7 +92,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> Non
     """Write a run's report.html again."""
     from grpo.diagnostics.report import write_report
 
-    typer.echo(str(write_report(run)))
+    typer.echo(str(write_report(run.expanduser().absolute())))
 
 
 def _recipe_of(name: str) -> str:

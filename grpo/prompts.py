@@ -143,7 +143,11 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, max_tok
     messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
     try:
         rendered: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},  # its warning of a long prompt would say the error below, worse
         )
     except (ValueError, TemplateError) as exc:  # a template refuses what it cannot render, such as a system message
         raise DatasetError(f"prompt {prompt.id!r} cannot be rendered as a chat: {exc}") from exc
