@@ -49,7 +49,7 @@ def token_logprobs(
         process: acts on a chunk of raw logits (replay of penalties and filters); see `Process`.
         chunk_tokens: positions per chunk; changes memory, not values.
     Returns:
-        (logprobs [N], entropy [N]), float32; gradients flow through logprobs and entropy.
+        (logprobs [N], entropy [N]), float32; gradients flow through logprobs, entropy is detached.
     Raises:
         ValueError: temperature is not positive, or hidden and targets differ in length.
     """
@@ -90,17 +90,14 @@ def logprobs_under_both_laws(
 
     def chunk_logprobs(hidden_chunk: Tensor, targets_chunk: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = full_precision(hidden_chunk.to(lm_head_weight.dtype) @ lm_head_weight.T)  # [C, V]
-        if bias is not None:
-            logits = logits + bias
-        logits = logits * logit_scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        plain = torch.log_softmax(logits / temperature, dim=-1)  # [C, V]
+        # each line is a pass over [C, V]: those that would change nothing are left out
+        logits = logits if logit_scale == 1 else logits * logit_scale
+        logits = logits if bias is None else logits + bias
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        plain = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)  # [C, V]
         law = plain if process is None else torch.log_softmax(process(logits, positions) / temperature, dim=-1)
-        # a filtered token has probability 0 and adds 0 to the entropy, not 0 * -inf
-        entropy = -(law.exp() * law.masked_fill(law.isneginf(), 0.0)).sum(dim=-1)  # [C]
         chosen = targets_chunk[:, None]
-        return law.gather(1, chosen)[:, 0], entropy, plain.gather(1, chosen)[:, 0]
+        return law.gather(1, chosen)[:, 0], _entropy(law.detach()), plain.gather(1, chosen)[:, 0]
 
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in range(0, hidden.shape[0], chunk_tokens):
@@ -116,3 +113,8 @@ def logprobs_under_both_laws(
         return empty, empty, empty
     logprobs, entropy, plain = (torch.cat(part) for part in zip(*parts, strict=True))
     return logprobs, entropy, plain
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    """[C] entropy of each row of [C, V] log-probabilities; a filtered token (-inf) adds 0, not 0 * -inf."""
+    return torch.special.entr(logprobs.exp()).sum(dim=-1)
