@@ -72,6 +72,12 @@ def open_prompts(config: PromptsConfig, *, seed: int, objectives: Sequence[str])
             if config.held_out_split
             else []
         )
+    if config.per_step > len(prompts):
+        raise DatasetError(
+            f"prompts.per_step is {config.per_step}, but the dataset has {len(prompts)} prompts, and a step asks "
+            f"each at most once. Set prompts.per_step={len(prompts)} or lower; more completions of each are "
+            "rollout.group_size."
+        )
     return ListSource(prompts, held_out, per_step=config.per_step, seed=seed)
 
 
@@ -100,11 +106,13 @@ class TaskSource:
 
 
 class ListSource:
-    """Prompts that are all known, shuffled anew in every epoch."""
+    """Prompts that are all known, at least P of them, shuffled anew in every epoch; no step holds one twice."""
 
     def __init__(self, prompts: Sequence[Prompt], held_out: Sequence[Prompt], *, per_step: int, seed: int) -> None:
         self._prompts, self._held_out = list(prompts), list(held_out)
         self._per_step, self._seed = per_step, seed
+        assert per_step <= len(self._prompts), "open_prompts refuses it"
+        self._last_order = (0, self._shuffled(0))
 
     def batch(self, step: int) -> list[Prompt]:
         """P prompts; an epoch's end and the next one's beginning may share a step."""
@@ -127,6 +135,18 @@ class ListSource:
         return sorted({prompt.objectives for prompt in [*self._prompts, *self._held_out]})
 
     def _order(self, epoch: int) -> list[int]:
+        """The epoch's order. Each depends on the one before: what ends one epoch may not begin the next in one step."""
+        at, order = self._last_order if self._last_order[0] <= epoch else (0, self._shuffled(0))
+        for following in range(at + 1, epoch + 1):
+            num_shared = following * len(order) % self._per_step  # prompts of the old epoch in the step they share
+            taken = set(order[len(order) - num_shared :])
+            shuffled = self._shuffled(following)
+            head = [n for n in shuffled if n not in taken][: self._per_step - num_shared] if taken else []
+            order = list(dict.fromkeys([*head, *shuffled]))
+        self._last_order = (epoch, order)
+        return order
+
+    def _shuffled(self, epoch: int) -> list[int]:
         order = list(range(len(self._prompts)))
         random.Random(f"{self._seed}/{epoch}").shuffle(order)
         return order
