@@ -168,8 +168,12 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "missing held-out dataset": (overrides("prompts.held_out_path=gone.jsonl"), ["no dataset at {folder}/gone.jsonl"]),
     "empty dataset": (data([]), ["{folder}/data.jsonl is empty: it holds no prompt"]),
     "dataset without a prompt column": (
-        data([{"question": "Who?", "reference": "Anna"}]),
+        data([{"question": "Who?", "reference": "Anna"}] * 2),
         ["{folder}/data.jsonl row 1 has no column 'prompt'", "['question', 'reference']", "prompts.prompt_column"],
+    ),
+    "more prompts a step than there are": (
+        overrides("prompts.per_step=5"),
+        ["prompts.per_step is 5, but the dataset has 4 prompts"],
     ),
     "no held-out prompts to evaluate": (
         overrides("eval.before=true", "prompts.held_out_path=null"),
@@ -192,7 +196,7 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         ["reward 'my_rewards:short'", "cannot be imported", "beside the recipe"],
     ),
     "unknown objective in the dataset": (
-        data([{"prompt": "Who?", "objectives": ["honesty"]}]),
+        data([{"prompt": "Who?", "objectives": ["honesty"]}] * 2),
         ["{folder}/data.jsonl asks for objectives ['honesty']", "the recipe has ['brevity']"],
     ),
     "unknown objective of all rows": (
@@ -222,7 +226,7 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "model weights cut short": (model_cut_short, ["{folder}/model/model.safetensors", "cut short"]),
     "unknown end token": (overrides("rollout.end_tokens=[99999]"), ["end token 99999 is not in the vocabulary"]),
     "prompt that does not fit": (
-        data([{"id": "novel", "prompt": LONG}]),
+        data([{"id": "novel", "prompt": LONG}, *ROWS[:1]]),
         ["prompt 'novel' has", "tokens, but the model's context leaves 248"],  # 256 - 8 new tokens
     ),
     "held-out prompt that does not fit": (
@@ -263,7 +267,7 @@ def test_bad_input_is_refused_with_one_clear_message_and_nothing_is_written(
     assert workplace.listing() == before
 
 
-@pytest.mark.parametrize("case", ["unknown key", "missing dataset", "prompt that does not fit"])
+@pytest.mark.parametrize("case", ["unknown key", "group_size 1", "prompt that does not fit"])
 def test_the_installed_command_refuses_it_in_the_same_way(case: str, workplace: Workplace) -> None:
     change, words = CASES[case]
     change(workplace)
@@ -279,6 +283,21 @@ def test_the_installed_command_refuses_it_in_the_same_way(case: str, workplace: 
     )
     check_refused(done.returncode, done.stderr, words, workplace)
     assert done.stdout == ""
+    assert workplace.listing() == before
+
+
+@pytest.mark.xfail(strict=True, reason="preflight looks at the first step's prompts and one held-out prompt only")
+@pytest.mark.parametrize("name", ["data.jsonl", "test.jsonl"])
+def test_a_prompt_that_does_not_fit_is_found_before_the_first_step_wherever_it_stands(
+    name: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = [{"id": f"row-{n}", "prompt": "Who?"} for n in range(40)]
+    data([*short, {"id": "novel", "prompt": LONG}], name)(workplace)
+    overrides("eval.before=true", "steps=40")(workplace)
+    workplace.write()
+    before = workplace.listing()
+    code, stderr = run_in_process(["train", str(workplace.recipe_path)], monkeypatch, capsys)
+    check_refused(code, stderr, ["prompt 'novel' has"], workplace)
     assert workplace.listing() == before
 
 

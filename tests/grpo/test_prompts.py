@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def ids_of(prompts: Sequence[Prompt]) -> list[str]:
 
 def open_file(path: Path, **config: Any) -> PromptSource:
     return open_prompts(
-        FilePrompts.model_validate({"type": "file", "path": path, "per_step": 100, **config}),
+        FilePrompts.model_validate({"type": "file", "path": path, "per_step": 1, **config}),
         seed=0,
         objectives=["a", "b"],
     )
@@ -44,7 +43,8 @@ def write_rows(path: Path, rows: Sequence[Any]) -> Path:
 
 def rows_of(path: Path, **config: Any) -> list[Prompt]:
     """The file's prompts, by id."""
-    once = {prompt.id: prompt for prompt in open_file(path, **config).batch(1)}  # 100 a step: all, and again
+    source = open_file(path, **config)
+    once = {prompt.id: prompt for step in range(1, 20) for prompt in source.batch(step)}
     return [once[name] for name in sorted(once)]
 
 
@@ -61,18 +61,29 @@ def tokenizer(tiny_model_dir: Path) -> PreTrainedTokenizerBase:
 
 # --- a list of prompts
 
+EPOCHS = [(6, 2), (6, 6), (5, 2), (7, 3), (7, 5), (7, 6), (4, 3), (1, 1)]
 
-@pytest.mark.parametrize(("num_prompts", "per_step"), [(6, 2), (6, 6), (5, 2), (7, 3), (2, 5)])
+
+@pytest.mark.parametrize(("num_prompts", "per_step"), EPOCHS)
 def test_every_prompt_comes_once_an_epoch(num_prompts: int, per_step: int) -> None:
     source = make_source(num_prompts, per_step=per_step)
-    stream = [name for step in range(1, num_prompts * 2 + 1) for name in ids_of(source.batch(step))]
+    stream = [name for step in range(1, num_prompts * 3 + 1) for name in ids_of(source.batch(step))]
     for start in range(0, len(stream) - num_prompts + 1, num_prompts):  # epochs lie end to end in the stream
         assert sorted(stream[start : start + num_prompts]) == sorted(f"p{n}" for n in range(num_prompts))
 
 
+@pytest.mark.parametrize(("num_prompts", "per_step"), EPOCHS)
+def test_no_step_holds_a_prompt_twice_not_even_where_two_epochs_meet(num_prompts: int, per_step: int) -> None:
+    # the same prompt in the same step would draw the same completions: a copy, not a second sample
+    for seed in range(5):
+        source = make_source(num_prompts, per_step=per_step, seed=seed)
+        for step in range(1, 60):
+            assert len(set(ids_of(source.batch(step)))) == per_step
+
+
 def test_a_batch_depends_on_seed_and_step_alone() -> None:
     forwards, backwards = make_source(50, per_step=8), make_source(50, per_step=8)
-    steps = range(1, 20)
+    steps = range(1, 40)  # six epochs, with a seam inside a step at each
     batches = {step: ids_of(forwards.batch(step)) for step in steps}
     assert {step: ids_of(backwards.batch(step)) for step in reversed(steps)} == batches  # no hidden cursor
     assert ids_of(make_source(50, per_step=8, seed=1).batch(1)) != batches[1]
@@ -209,6 +220,12 @@ def test_a_missing_prompt_column_is_answered_with_the_columns_there_are(tmp_path
     )
 
 
+def test_more_prompts_a_step_than_there_are_is_refused_with_the_number_there_is(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "d.jsonl", [{"prompt": "Who?"}] * 3)
+    assert error_of(path, per_step=4).startswith("prompts.per_step is 4, but the dataset has 3 prompts")
+    assert len(open_file(path, per_step=3).batch(1)) == 3
+
+
 def test_a_column_that_only_some_rows_have_is_answered_with_the_row(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "d.jsonl", [{"prompt": "Who?"}, {"promt": "What?"}])
     assert f"{path} row 2 has no column 'prompt'" in error_of(path)
@@ -307,8 +324,3 @@ def test_a_chat_that_the_template_refuses_is_answered_with_its_reason(tiny_model
     strict.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(DatasetError, match=r"prompt 'p' cannot be rendered as a chat: System role not supported"):
         encode_prompt(make_prompt("p"), strict, max_tokens=100)
-
-
-def test_a_step_that_spans_two_epochs_may_hold_a_prompt_twice() -> None:
-    counts = Counter(ids_of(make_source(2, per_step=5).batch(1)))  # 5 = 2 + 2 + 1
-    assert sorted(counts.values()) == [2, 3]
