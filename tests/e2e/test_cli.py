@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import signal
@@ -16,6 +17,8 @@ import pytest
 import yaml
 
 from grpo.cli import main
+from grpo.recipe_loader import load_recipe
+from grpo.trainer import RunResult, Trainer
 
 ROWS = [
     *({"id": f"s{n}", "prompt": f"Add {n} and 1.", "objectives": ["short"], "kind": "odd"} for n in range(3)),
@@ -261,6 +264,20 @@ def test_a_report_is_written_again_at_any_time(own_run: Path) -> None:
     assert "http" not in "".join(  # self-contained: loads nothing from elsewhere
         part for part in (own_run / "report.html").read_text().split('"') if part.endswith((".js", ".css", ".png"))
     )
+
+
+def test_a_run_works_in_a_notebook_where_an_event_loop_is_already_running(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))  # a reward's folder is added to it
+    config = load_recipe(str(write_recipe(tmp_path, tiny_model_dir, steps=1, eval={"after": False, "num_prompts": 2})))
+
+    async def cell() -> RunResult:
+        return Trainer(config).run()
+
+    result = asyncio.run(cell())
+    assert result.checkpoint.step == 1
+    assert set(result.evaluation["before"]) == {"short", "vowels"}
 
 
 # --- resuming
