@@ -229,6 +229,10 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         data([{"id": "novel", "prompt": LONG}, *ROWS[:1]]),
         ["prompt 'novel' has", "tokens, but the model's context leaves 248"],  # 256 - 8 new tokens
     ),
+    "completions as long as the context": (
+        overrides("rollout.max_new_tokens=300"),  # of 256
+        ["context leaves 0 for a prompt beside rollout.max_new_tokens", "lower rollout.max_new_tokens"],
+    ),
     "held-out prompt that does not fit": (
         lambda place: (
             data([{"id": "novel", "prompt": LONG}], "test.jsonl")(place),
