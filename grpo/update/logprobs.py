@@ -91,8 +91,8 @@ def logprobs_under_both_laws(
     def chunk_logprobs(hidden_chunk: Tensor, targets_chunk: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = full_precision(hidden_chunk.to(lm_head_weight.dtype) @ lm_head_weight.T)  # [C, V]
         # each line is a pass over [C, V]: those that would change nothing are left out
+        logits = logits if bias is None else logits + bias  # before the scale: it belongs to the head
         logits = logits if logit_scale == 1 else logits * logit_scale
-        logits = logits if bias is None else logits + bias
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         plain = torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)  # [C, V]
         law = plain if process is None else torch.log_softmax(process(logits, positions) / temperature, dim=-1)
