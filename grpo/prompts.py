@@ -174,8 +174,8 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, max_tok
     token_ids = tuple(int(token) for token in rendered["input_ids"])
     if len(token_ids) > max_tokens:
         raise DatasetError(
-            f"prompt {prompt.id!r} has {len(token_ids)} tokens, but the model's context leaves {max(max_tokens, 0)} for "
-            "a prompt beside rollout.max_new_tokens. Shorten the prompt or lower rollout.max_new_tokens."
+            f"prompt {prompt.id!r} has {len(token_ids)} tokens, but the model's context leaves {max(max_tokens, 0)} "
+            "for a prompt beside rollout.max_new_tokens. Shorten the prompt or lower rollout.max_new_tokens."
         )
     return EncodedPrompt(prompt=prompt, token_ids=token_ids)
 
