@@ -207,6 +207,8 @@ class OptimConfig(StrictModel):
     """AdamW."""
 
     learning_rate: float = Field(gt=0)
+    schedule: Literal["constant", "linear"] = "constant"
+    """`linear` falls from learning_rate in the first step towards 0 after the last: what is learned early stays."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)

@@ -132,7 +132,8 @@ def _with_model(
     params = sampling_params(config, end_token_ids(tokenizer, model.generation_config, config.rollout.end_tokens))
     context_tokens = int(model.config.get_text_config().max_position_embeddings)
     max_prompt_tokens = context_tokens - config.rollout.max_new_tokens
-    for prompt in [*prompts.batch(1), *prompts.held_out(1)]:
+    num_held_out = config.eval.num_prompts if config.eval.before or config.eval.after else 0
+    for prompt in [*prompts.to_check(), *prompts.held_out(num_held_out)]:
         encode_prompt(prompt, tokenizer, max_tokens=max_prompt_tokens)
     policy = Policy(model, config.trainable, seed=derived_seed(config.seed, "adapter"))
     updater = Updater(

@@ -47,6 +47,10 @@ class PromptSource(Protocol):
         """Which sets of objectives the prompts ask for."""
         ...
 
+    def to_check(self) -> list[Prompt]:
+        """Prompts that must fit the model's context before a run begins: all, or a sample where there is no end."""
+        ...
+
 
 def open_prompts(config: PromptsConfig, *, seed: int, objectives: Sequence[str]) -> PromptSource:
     """Open the recipe's prompts.
@@ -96,6 +100,10 @@ class TaskSource:
         """The first scenes of the held-out split; the same for every seed, so that runs can be compared."""
         return [task.prompt("held_out", 0, n) for task in self._tasks for n in range(num_per_objective)]
 
+    def to_check(self) -> list[Prompt]:
+        """The first step's scenes; the others are as long, give or take a name."""
+        return self.batch(1)
+
     def objective_sets(self) -> list[tuple[str, ...]]:
         """One objective per task."""
         return [(task.objective,) for task in self._tasks]
@@ -129,6 +137,10 @@ class ListSource:
             if count[prompt.objectives] <= num_per_objective:
                 chosen.append(prompt)
         return chosen
+
+    def to_check(self) -> list[Prompt]:
+        """All of them: the long one must be found now, not in step 400."""
+        return list(self._prompts)
 
     def objective_sets(self) -> list[tuple[str, ...]]:
         """All sets that occur."""

@@ -78,9 +78,11 @@ class Scorer:
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
-        for reward in self._all_rewards():
-            await close_reward(reward.reward)
+        closing = [close_reward(reward.reward) for reward in self._all_rewards()]
+        failures = [e for e in await asyncio.gather(*closing, return_exceptions=True) if isinstance(e, Exception)]
         await self._loop.shutdown_default_executor()
+        if failures:
+            raise ExceptionGroup("closing the rewards failed", failures)
 
     def _all_rewards(self) -> list[WeightedReward]:
         return [reward for objective in self._objectives.values() for reward in objective.rewards]

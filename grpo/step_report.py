@@ -36,6 +36,7 @@ def report_step(
     """Collect a step's figures. `seconds`: stage -> time."""
     row: dict[str, float | int | None] = {names.STEP: step, **stats.means}
     row[names.GRAD_NORM] = stats.grad_norm
+    row["learning_rate"] = stats.learning_rate
     row[names.SAMPLER_RATIO_P99] = stats.ratio_p99
     row["sampler/kept_set_miss_frac"] = stats.num_forced / max(batch.num_tokens, 1)
     row["advantages/scale_factor"] = batch.advantages.scale_factor

@@ -120,7 +120,7 @@ class Trainer:
             if batch.num_tokens == 0:
                 raise TooFewVerdicts(f"step {step}: no completion has a verdict, so there is nothing to learn from")
             with seconds("update"):
-                stats = parts.updater.step(batch)
+                stats = parts.updater.step(batch, progress=(step - 1) / config.steps)
             with seconds("sync"):
                 parts.engine.load_weights(parts.policy)
         seconds.record("judge", pending.seconds)
@@ -157,7 +157,7 @@ class Trainer:
             if checkpoint is None or checkpoint.step != done:
                 checkpoint = self._save(done)
             if done == config.steps and not interrupted.is_set():
-                self._after(before)
+                self._after(before, has_learned=bool(durations))
             return RunResult(
                 run_dir=directory.path,
                 checkpoint=checkpoint,
@@ -180,8 +180,9 @@ class Trainer:
             return None
         return self._evaluate("before", None)
 
-    def _after(self, before: list[Answer] | None) -> None:
-        if self.config.eval.after and "after" not in self._directory.read_eval():
+    def _after(self, before: list[Answer] | None, *, has_learned: bool) -> None:
+        # a finished run that was asked for more steps holds the evaluation of the shorter run
+        if self.config.eval.after and (has_learned or "after" not in self._directory.read_eval()):
             self._evaluate("after", before)
 
     def _evaluate(self, when: str, before: list[Answer] | None) -> list[Answer]:

@@ -22,6 +22,7 @@ from rewards.errors import RewardConfigError, RewardError
 ENTRY_POINT_GROUP = "grpo.rewards"
 
 BUILTIN_REWARDS: Mapping[str, str] = {
+    "abstention_penalty": "rewards.abstention_penalty:AbstentionPenalty",
     "choice": "rewards.choice:Choice",
     "exact_match": "rewards.exact_match:ExactMatch",
     "format": "rewards.format:Format",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -71,6 +72,7 @@ def make_updater(
     params: SamplingParams | None = None,
     update: UpdateConfig | None = None,
     learning_rate: float = 1e-2,
+    schedule: Literal["constant", "linear"] = "constant",
 ) -> Updater:
     """An updater with fixed betas."""
     return Updater(
@@ -79,7 +81,7 @@ def make_updater(
         observed=dict.fromkeys(objectives, "k3"),
         params=params or SamplingParams(end_token_ids=(END,), max_new_tokens=16),
         update=update or UpdateConfig(),
-        optim=OptimConfig(learning_rate=learning_rate),
+        optim=OptimConfig(learning_rate=learning_rate, schedule=schedule),
     )
 
 

@@ -21,7 +21,7 @@ INSTRUCTION = "If the text does not say, answer: not stated"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wording:
-    """One way to state and to ask where `{name}` has a `{thing}`."""
+    """One way to state and to ask where `{name}`'s `{thing}` is."""
 
     fact: str
     """States that it is in the `{place}`."""
@@ -32,14 +32,14 @@ class Wording:
 WORDINGS: Mapping[Split, tuple[Wording, ...]] = {
     "train": (
         Wording(
-            fact="{name} put the {thing} in the {place}.",
-            question="Where did {name} put the {thing}? (place or not stated)",
+            fact="The place of {name}'s {thing} is the {place}.",
+            question="The place of {name}'s {thing} is what? (place or not stated)",
         ),
     ),
     "held_out": (
         Wording(
-            fact="{name} left the {thing} in the {place}.",
-            question="Where did {name} leave the {thing}? (place or not stated)",
+            fact="The location of {name}'s {thing} is the {place}.",
+            question="The location of {name}'s {thing} is what? (place or not stated)",
         ),
     ),
 }

@@ -32,6 +32,8 @@ class UpdateStats:
     """Metric name -> mean over the window's loss tokens, or over the objective's; absent where nothing counted."""
     grad_norm: float
     """Of the window's gradient, before clipping."""
+    learning_rate: float
+    """That the step was taken with."""
     ratio_p99: float
     """99th percentile of |log(policy / sampler)| over loss tokens, as a ratio; 1 where both agree."""
     kl_max: Mapping[str, float]
@@ -70,7 +72,7 @@ class Updater:
         self.policy = policy
         self.controllers = dict(controllers)
         self._observed = dict(observed)
-        self._params, self._update, self._max_grad_norm = params, update, optim.max_grad_norm
+        self._params, self._update, self._optim = params, update, optim
         parameters = policy.trainable_parameters()
         self.gradients = GradientWindow(parameters)
         self.optimizer = torch.optim.AdamW(
@@ -81,9 +83,11 @@ class Updater:
             weight_decay=optim.weight_decay,
         )
 
-    def step(self, batch: TrainBatch) -> UpdateStats:
+    def step(self, batch: TrainBatch, *, progress: float = 0.0) -> UpdateStats:
         """One window: zero once, add every micro-batch's gradient, clip once, step once.
 
+        Args:
+            progress: share of the run's steps that are done, in [0, 1); what the learning-rate schedule goes by.
         Raises:
             NonFiniteUpdate: the loss or a gradient is not finite; the parameters are as they were.
         """
@@ -99,7 +103,8 @@ class Updater:
                         "no optimizer step was taken. Look at the step's completions and at update.kl."
                     )
                 self.gradients.add(loss)
-        grad_norm = self._apply()
+        learning_rate = scheduled_learning_rate(self._optim, progress)
+        grad_norm = self._apply(learning_rate)
         observed = window.observed.means()
         for name, controller in self.controllers.items():
             if name in observed:
@@ -107,17 +112,20 @@ class Updater:
         return UpdateStats(
             means=window.means.means(),
             grad_norm=grad_norm,
+            learning_rate=learning_rate,
             ratio_p99=_ratio_p99(window.sampler_gaps),
             kl_max=window.kl_max,
             betas=betas,
             num_forced=window.num_forced,
         )
 
-    def _apply(self) -> float:
+    def _apply(self, learning_rate: float) -> float:
         name = self.gradients.first_non_finite()
         if name is not None:
             raise NonFiniteUpdate(f"the gradient of {name} is not finite; no optimizer step was taken")
-        grad_norm = self.gradients.clip(self._max_grad_norm)
+        grad_norm = self.gradients.clip(self._optim.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         self.optimizer.step()
         return grad_norm
 
@@ -179,6 +187,11 @@ class Updater:
             seen = penalty if self._observed[name] == "penalty" else k3.clamp(max=OBSERVED_KL_LIMIT)
             window.observed.add(name, float(seen[own].sum()), count)
             window.kl_max[name] = max(window.kl_max.get(name, 0.0), float(k3[own].max()))
+
+
+def scheduled_learning_rate(optim: OptimConfig, progress: float) -> float:
+    """The learning rate after a share `progress` of the run; a function of it alone, so a resumed run goes on."""
+    return optim.learning_rate * (1 - progress) if optim.schedule == "linear" else optim.learning_rate
 
 
 def kl_weights(is_scored: Tensor, weights: Tensor, objectives: tuple[str, ...], betas: Mapping[str, float]) -> Tensor:

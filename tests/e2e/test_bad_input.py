@@ -290,7 +290,6 @@ def test_the_installed_command_refuses_it_in_the_same_way(case: str, workplace: 
     assert workplace.listing() == before
 
 
-@pytest.mark.xfail(strict=True, reason="preflight looks at the first step's prompts and one held-out prompt only")
 @pytest.mark.parametrize("name", ["data.jsonl", "test.jsonl"])
 def test_a_prompt_that_does_not_fit_is_found_before_the_first_step_wherever_it_stands(
     name: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

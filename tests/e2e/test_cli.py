@@ -303,7 +303,6 @@ def test_resuming_under_another_recipe_is_refused_and_the_key_is_named(own_run: 
     assert (own_run / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.xfail(strict=True, reason="Trainer._after keeps the evaluation of the shorter run")
 def test_a_run_that_was_extended_is_evaluated_again_after_its_last_step(own_run: Path, grpo_here: InProcess) -> None:
     evaluation = json.loads((own_run / "eval.json").read_text())
     for entry in evaluation["answers"]["after"]:

@@ -14,13 +14,14 @@ from builders import END, full_training, make_group, make_policy, make_updater
 from transformers import MistralConfig, MistralForCausalLM
 
 from grpo.batching import MicroBatch, TrainBatch, build_batch
-from grpo.config import KlConfig, UpdateConfig
+from grpo.config import KlConfig, OptimConfig, UpdateConfig
 from grpo.errors import NonFiniteUpdate
 from grpo.rollout.base import SamplingParams
 from grpo.runtime.policy import Policy, dropout_off
 from grpo.types import ScoredGroup
 from grpo.update.forward import policy_pass, reference_logprobs
 from grpo.update.shared_prefix import can_share_prompts, predicting_states, whole_row_states
+from grpo.update.step import scheduled_learning_rate
 
 GROUPS = [
     make_group([{"a": 1.0}, {"a": 0.0}, {"a": 0.0}, {"a": 1.0}], lengths=[3, 7, 2, 5], prompt_length=6, seed=1),
@@ -293,3 +294,14 @@ def test_the_temperature_and_the_penalties_of_the_sampling_law_are_replayed(tiny
             token = int(ids[0, prompt + t])
             assert float(got.logprobs[row, t]) == pytest.approx(float((place / 0.7).log_softmax(-1)[token]), abs=1e-5)
             assert float(got.plain_logprobs[row, t]) == pytest.approx(float(plain[token]), abs=1e-5)
+
+
+def test_a_linear_schedule_falls_from_the_full_rate_and_a_constant_one_rests(tiny_model_dir: Path) -> None:
+    linear = OptimConfig(learning_rate=0.4, schedule="linear")
+    # 4 steps: progress 0, 1/4, 2/4, 3/4
+    assert [scheduled_learning_rate(linear, step / 4) for step in range(4)] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert scheduled_learning_rate(OptimConfig(learning_rate=0.4), 0.75) == 0.4
+    policy = make_policy(tiny_model_dir)
+    updater = make_updater(policy, learning_rate=0.4, schedule="linear")
+    assert updater.step(batch_of(), progress=0.75).learning_rate == pytest.approx(0.1)
+    assert updater.optimizer.param_groups[0]["lr"] == pytest.approx(0.1)

@@ -8,6 +8,7 @@ import pytest
 
 from rewards import RewardInput, Score
 from rewards.abstention import is_abstention
+from rewards.abstention_penalty import AbstentionPenalty
 from rewards.choice import Choice
 from rewards.exact_match import ExactMatch
 from rewards.format import Format
@@ -244,3 +245,23 @@ def test_length_unknown_is_missing_not_zero():
     reward = Length(target_tokens=10, limit_tokens=20)
     assert score(reward, "text").value is None
     assert score(reward, "").value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "reference", "value"),
+    [
+        ("unknown", "Anna", -1.0),
+        ("It is not stated.", "attic", -1.0),
+        ("unknown", "unknown", 0.0),
+        ("not stated", "not stated", 0.0),
+        ("Ben", "Anna", 0.0),  # wrong, but not an abstention: another reward's business
+        ("Ben", "unknown", 0.0),
+        ("", "Anna", 0.0),
+    ],
+)
+def test_abstaining_costs_1_exactly_where_there_is_an_answer(completion: str, reference: str, value: float) -> None:
+    assert score(AbstentionPenalty(), completion, reference=reference).value == value
+
+
+def test_without_a_reference_the_abstention_penalty_is_missing_not_0() -> None:
+    assert score(AbstentionPenalty(), "unknown").value is None
