@@ -1,6 +1,7 @@
 """Does the quickstart learn both objectives, whatever the seed? Runs it once per seed and tabulates held-out scores.
 
-    python benchmarks/quickstart_seeds.py --json benchmarks/results/quickstart_seeds.json
+    python benchmarks/quickstart_seeds.py --json benchmarks/results/quickstart_seeds.json \
+        --figure benchmarks/results/quickstart.png
 
 Runs that are already in --runs are read, not repeated. `--quick` takes two seeds and few steps: it shows that the
 script works, not that anything is learned.
@@ -19,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from grpo.diagnostics.plots import readme_figure
+from grpo.metrics import read_metrics
 
 QUICK = ["steps=2", "eval.num_prompts=8", "prompts.per_step=4", "rollout.group_size=4"]
 
@@ -74,10 +78,19 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write_figure(run_dir: Path, target: Path) -> None:
+    """The picture that the README opens with."""
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    evaluation = json.loads((run_dir / "eval.json").read_text())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(readme_figure(read_metrics(run_dir / "metrics.jsonl"), config, evaluation))
+
+
 def main() -> None:
     """Parse, run, tabulate. Exits 1 where fewer than 4 of 5 seeds improve every objective."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write figures, machine, versions and command here")
+    parser.add_argument("--figure", type=Path, help="write the first seed's run as a picture here")
     parser.add_argument("--quick", action="store_true", help="two seeds, two steps: a check of the script")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--runs", type=Path, default=Path("runs/quickstart-seeds"), help="where the runs go")
@@ -88,6 +101,8 @@ def main() -> None:
     print(table(results))
     successes = sum(result["is_success"] for result in results)
     print(f"\n{successes} of {len(results)} seeds improve every objective (95% interval above 0)")
+    if arguments.figure is not None:
+        write_figure(arguments.runs.absolute() / f"seed-{seeds[0]}", arguments.figure)
     if arguments.json is not None:
         document = {
             "command": " ".join(["python", *sys.argv]),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+import time
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -101,6 +102,38 @@ class Scorer:
             {objective.name: _verdict(objective, scores, row) for objective in asked} for row in range(len(inputs))
         )
         return ScoredGroup(rollout=group, verdicts=verdicts)
+
+
+class PendingScores:
+    """Groups that are being scored, and how long that takes from the first submission to the last verdict."""
+
+    def __init__(self) -> None:
+        self._futures: list[Future[ScoredGroup]] = []
+        self._started: float | None = None
+        self._ended = 0.0
+
+    @classmethod
+    def begin(cls, futures: Iterator[Future[ScoredGroup]]) -> PendingScores:
+        """Take futures as the engine's groups come in."""
+        pending = cls()
+        for future in futures:
+            pending._started = pending._started or time.perf_counter()
+            future.add_done_callback(pending._note_end)
+            pending._futures.append(future)
+        return pending
+
+    def results(self, *, order: Sequence[str]) -> list[ScoredGroup]:
+        """Wait for all; in the prompts' order, so that nothing depends on who finished first."""
+        groups = {group.rollout.prompt.id: group for group in (future.result() for future in self._futures)}
+        return [groups[prompt_id] for prompt_id in order]
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of scoring."""
+        return max(self._ended - self._started, 0.0) if self._started else 0.0
+
+    def _note_end(self, _: object) -> None:
+        self._ended = max(self._ended, time.perf_counter())
 
 
 def reward_inputs(group: RolloutGroup) -> list[RewardInput]:

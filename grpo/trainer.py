@@ -5,11 +5,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,10 +21,10 @@ from grpo.evaluate import Answer, compare, evaluate, examples, summarise
 from grpo.preflight import RunParts, open_run
 from grpo.run_directory import RunDirectory
 from grpo.runtime.devices import peak_memory_bytes
+from grpo.runtime.interruptions import interruptions
 from grpo.runtime.seeding import derived_seed
-from grpo.scoring import check_enough_verdicts
+from grpo.scoring import PendingScores, check_enough_verdicts
 from grpo.step_report import StepReport, report_step
-from grpo.types import ScoredGroup
 
 
 class Observer(Protocol):
@@ -106,7 +103,7 @@ class Trainer:
             with seconds("rollout"):
                 seed = derived_seed(config.seed, "rollout", step)
                 sampled = parts.engine.sample(prompts, config.rollout.group_size, params=parts.params, seed=seed)
-                pending = _Pending.begin(parts.scorer.submit(group) for group in sampled)
+                pending = PendingScores.begin(parts.scorer.submit(group) for group in sampled)
             with seconds("judge_wait"):
                 groups = pending.results(order=[prompt.prompt.id for prompt in prompts])
             check_enough_verdicts(groups, max_unscored_frac=config.scoring.max_unscored_frac)
@@ -139,7 +136,7 @@ class Trainer:
             self._note(f"resumed after step {done} from {checkpoint.folder}")
         if self._observer:
             self._observer.start(title_rows(config, parts))
-        with _interruptions() as interrupted:
+        with interruptions() as interrupted:
             before = self._before(done)
             durations: list[float] = []
             for step in range(done + 1, config.steps + 1):
@@ -245,59 +242,6 @@ class _Stopwatch:
 
     def record(self, stage: str, seconds: float) -> None:
         self.elapsed[stage] = seconds
-
-
-class _Pending:
-    """Groups that are being scored, and how long that takes from the first submission to the last verdict."""
-
-    def __init__(self) -> None:
-        self._futures: list[Future[ScoredGroup]] = []
-        self._started: float | None = None
-        self._ended = 0.0
-
-    @classmethod
-    def begin(cls, futures: Iterator[Future[ScoredGroup]]) -> _Pending:
-        """Take futures as the engine's groups come in."""
-        pending = cls()
-        for future in futures:
-            pending._started = pending._started or time.perf_counter()
-            future.add_done_callback(pending._note_end)
-            pending._futures.append(future)
-        return pending
-
-    def results(self, *, order: Sequence[str]) -> list[ScoredGroup]:
-        """Wait for all; in the prompts' order, so that nothing depends on who finished first."""
-        groups = {group.rollout.prompt.id: group for group in (future.result() for future in self._futures)}
-        return [groups[prompt_id] for prompt_id in order]
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of scoring."""
-        return max(self._ended - self._started, 0.0) if self._started else 0.0
-
-    def _note_end(self, _: object) -> None:
-        self._ended = max(self._ended, time.perf_counter())
-
-
-@contextmanager
-def _interruptions() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets. A second Ctrl-C raises KeyboardInterrupt at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # signals belong to the main thread
-        return
-
-    def on_signal(number: int, _: object) -> None:
-        if event.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        event.set()
-
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _entry_of(answer: Answer) -> dict[str, Any]:

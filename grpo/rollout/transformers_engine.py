@@ -148,10 +148,12 @@ class _FinishedRow:
 
 def _plain_copy(policy: Policy) -> PreTrainedModel:
     """The language model without adapter layers, in the compute dtype, sharing no storage with the policy."""
-    config = copy.deepcopy(policy.causal_lm.config)
-    with torch.random.fork_rng(devices=[]):
-        model = type(policy.causal_lm)(config)
-    model = model.to(device=policy.device, dtype=policy.compute_dtype).eval().requires_grad_(False)
+    build: Any = type(policy.causal_lm)
+    with torch.device("meta"):  # no weights yet: random ones would cost their time and twice the memory
+        blank: Any = build(copy.deepcopy(policy.causal_lm.config))
+    model: PreTrainedModel = blank.to(dtype=policy.compute_dtype).to_empty(device=policy.device)
+    model.eval().requires_grad_(False)
+    model.tie_weights()
     source = {name.replace(".base_layer.", "."): tensor for name, tensor in policy.causal_lm.state_dict().items()}
     own = model.state_dict()
     with torch.no_grad():

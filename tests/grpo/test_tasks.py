@@ -142,7 +142,7 @@ def test_no_description_decides_who_did_it(split):
 @every_split
 def test_answering_the_first_or_second_stated_place_is_right_in_exactly_half_of_the_answerable_scenes(split):
     prompts = [one for one in prompts_of(TASKS["grounding"], split) if one.meta["kind"] == "answerable"]
-    stated = [re.findall(r"in the (\w+)\.", text_of(one)) for one in prompts]
+    stated = [re.findall(r"is the (\w+)\.", text_of(one)) for one in prompts]
     for position in (0, 1):
         hits = sum(one.reference == places[position] for one, places in zip(prompts, stated, strict=True))
         assert hits == len(prompts) / 2
