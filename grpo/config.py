@@ -140,7 +140,6 @@ class ObjectiveConfig(StrictModel):
 class RolloutConfig(StrictModel):
     """How completions are sampled. temperature, top_p and top_k go to the engine as its own arguments."""
 
-    engine: Literal["transformers"] = "transformers"
     group_size: int = Field(default=8, ge=2)
     """K completions per prompt; advantages are relative to the group, so at least 2."""
     temperature: float = Field(default=1.0, gt=0)
@@ -189,7 +188,6 @@ class KlConfig(StrictModel):
 class UpdateConfig(StrictModel):
     """How scores become a gradient."""
 
-    loss: Literal["dapo"] = "dapo"
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     clip_high: float = Field(default=0.2, gt=0)
     combine: Literal["decoupled", "summed"] = "decoupled"

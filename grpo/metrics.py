@@ -79,10 +79,6 @@ def truncated_frac_name(objective: str | None = None) -> str:
     return "completion/truncated_frac" if objective is None else f"completion/{objective}/truncated_frac"
 
 
-def gradient_cosine_name(first: str, second: str) -> str:
-    return f"gradients/cosine/{first}/{second}"
-
-
 def time_name(stage: str) -> str:
     """Seconds spent in one of `STAGES`."""
     assert stage in STAGES, stage

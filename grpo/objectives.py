@@ -28,8 +28,6 @@ class Objective:
     """One thing to be good at, with the rewards that measure it."""
 
     name: str
-    weight: float
-    """Weight among the objectives."""
     rewards: tuple[WeightedReward, ...]
 
 
@@ -47,7 +45,7 @@ def build_objectives(
     for name, config in configs.items():
         specs = (config.eval_rewards if for_evaluation else None) or config.rewards
         rewards = tuple(_build(spec, context, objective=name) for spec in specs)
-        objectives.append(Objective(name=name, weight=config.weight, rewards=rewards))
+        objectives.append(Objective(name=name, rewards=rewards))
     return tuple(objectives)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from grpo import metrics as names
 from grpo.batching import MicroBatch, TrainBatch
 from grpo.config import OptimConfig, UpdateConfig
 from grpo.errors import NonFiniteUpdate
@@ -140,7 +141,6 @@ class Updater:
             old_logprobs,
             batch.advantages,
             mask,
-            variant=update.loss,
             clip_low=update.clip_low,
             clip_high=update.clip_high,
         )  # [B, T]
@@ -159,11 +159,11 @@ class Updater:
                 ratio, batch.advantages, mask, clip_low=update.clip_low, clip_high=update.clip_high
             )
             num_tokens = batch.num_tokens
-            window.means.add("clip/low_frac", float(clipped[0]), num_tokens)
-            window.means.add("clip/high_frac", float(clipped[1]), num_tokens)
-            window.means.add("loss/policy", float(policy_term.sum()), num_tokens)
-            window.means.add("loss/kl", float(kl_term.sum()), num_tokens)
-            window.means.add("entropy", float(forward.entropy.sum()), num_tokens)
+            window.means.add(names.CLIP_LOW_FRAC, float(clipped[0]), num_tokens)
+            window.means.add(names.CLIP_HIGH_FRAC, float(clipped[1]), num_tokens)
+            window.means.add(names.POLICY_LOSS, float(policy_term.sum()), num_tokens)
+            window.means.add(names.KL_LOSS, float(kl_term.sum()), num_tokens)
+            window.means.add(names.ENTROPY, float(forward.entropy.sum()), num_tokens)
             window.sampler_gaps.append((forward.logprobs - batch.sampler_logprobs)[mask].abs().cpu())
             window.num_forced += forward.num_forced
             self._record_kl(window, batch, whole.objectives, forward.plain_logprobs - ref_logprobs, penalty)
@@ -176,7 +176,7 @@ class Updater:
         mask, limit = batch.completion_mask, self._update.kl.max_log_ratio
         k3 = kl_penalty(difference, torch.zeros_like(difference), estimator="k3", max_log_ratio=limit, mask=mask)
         is_clamped = mask & (difference.abs() > limit)
-        window.means.add("kl/clamped_frac", float(is_clamped.sum()), batch.num_tokens)
+        window.means.add(names.KL_CLAMPED_FRAC, float(is_clamped.sum()), batch.num_tokens)
         for o, name in enumerate(objectives):
             own = mask & batch.is_scored[:, o, None]  # [B, T]
             count = int(own.sum())

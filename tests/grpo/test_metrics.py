@@ -37,7 +37,6 @@ def test_names_are_those_of_the_public_surface() -> None:
         metrics.length_mean_name("fairness"),
         metrics.truncated_frac_name(),
         metrics.truncated_frac_name("fairness"),
-        metrics.gradient_cosine_name("fairness", "grounding"),
         *[metrics.time_name(stage) for stage in metrics.STAGES],
     ]
     assert names == [
@@ -52,7 +51,6 @@ def test_names_are_those_of_the_public_surface() -> None:
         "completion/fairness/length_mean",
         "completion/truncated_frac",
         "completion/fairness/truncated_frac",
-        "gradients/cosine/fairness/grounding",
         "time/rollout_s",
         "time/judge_s",
         "time/judge_wait_s",
