@@ -3,14 +3,15 @@
     python benchmarks/quickstart_seeds.py --json benchmarks/results/quickstart_seeds.json \
         --figure benchmarks/results/quickstart.png
 
-Runs that are already in --runs are read, not repeated. `--quick` takes two seeds and few steps: it shows that the
-script works, not that anything is learned.
+A run that is complete in --runs, under the same recipe, is read and not repeated. `--quick` takes two seeds and few
+steps: it shows that the script works, not that anything is learned.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import yaml
 
 from grpo.diagnostics.plots import readme_figure
 from grpo.metrics import read_metrics
+from grpo.recipe_loader import load_recipe, load_run_config
 
 QUICK = ["steps=2", "eval.num_prompts=8", "prompts.per_step=4", "rollout.group_size=4"]
 
@@ -30,10 +32,13 @@ QUICK = ["steps=2", "eval.num_prompts=8", "prompts.per_step=4", "rollout.group_s
 def run_seed(seed: int, runs: Path, overrides: list[str]) -> Path:
     """Train the quickstart with a seed, unless its run is there already; returns the run directory."""
     run_dir = runs.absolute() / f"seed-{seed}"
-    if not (run_dir / "report.html").exists():
-        command = [sys.executable, "-m", "grpo", "train", "quickstart", f"seed={seed}", f"output_dir={run_dir}"]
+    wanted = [f"seed={seed}", f"output_dir={run_dir}", *overrides]
+    if (run_dir / "wall_s.json").exists():
+        if load_run_config(run_dir) != load_recipe("quickstart", wanted):
+            sys.exit(f"{run_dir} was made under another recipe; give another folder with --runs")
+    else:
         start = time.perf_counter()
-        subprocess.run([*command, *overrides], check=True)
+        subprocess.run([sys.executable, "-m", "grpo", "train", "quickstart", *wanted], check=True)
         (run_dir / "wall_s.json").write_text(json.dumps(time.perf_counter() - start))
     return run_dir
 
@@ -55,6 +60,11 @@ def figures(run_dir: Path, seed: int) -> dict[str, Any]:
         "difference": evaluation["difference"],
         "observed_kl_second_half": kl,
         "is_success": all(entry["low"] > 0 for entry in evaluation["difference"].values()),
+        "kinds_not_worse": all(
+            evaluation["after"][o]["kinds"][kind] >= evaluation["before"][o]["kinds"][kind]
+            for o in evaluation["difference"]
+            for kind in evaluation["before"][o]["kinds"]
+        ),
         "step_s": sum(row["time/step_s"] for row in rows) / len(rows),
         "wall_s": json.loads((run_dir / "wall_s.json").read_text()),
         "peak_bytes": max(row["memory/peak_bytes"] for row in rows),
@@ -93,20 +103,25 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="write the first seed's run as a picture here")
     parser.add_argument("--quick", action="store_true", help="two seeds, two steps: a check of the script")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--runs", type=Path, default=Path("runs/quickstart-seeds"), help="where the runs go")
+    parser.add_argument("--runs", type=Path, help="where the runs go; runs/quickstart-seeds[-quick] by default")
     arguments = parser.parse_args()
+    arguments.runs = arguments.runs or Path(f"runs/quickstart-seeds{'-quick' if arguments.quick else ''}")
     seeds = arguments.seeds[:2] if arguments.quick else arguments.seeds
     overrides = QUICK if arguments.quick else []
     results = [figures(run_seed(seed, arguments.runs, overrides), seed) for seed in seeds]
     print(table(results))
     successes = sum(result["is_success"] for result in results)
+    kept = sum(result["kinds_not_worse"] for result in results)
     print(f"\n{successes} of {len(results)} seeds improve every objective (95% interval above 0)")
+    print(f"{kept} of {len(results)} seeds make no kind of question worse")
+    minutes = ", ".join(f"{result['wall_s'] / 60:.1f}" for result in results)
+    print(f"wall time of a run: {minutes} minutes")
     if arguments.figure is not None:
         write_figure(arguments.runs.absolute() / f"seed-{seeds[0]}", arguments.figure)
     if arguments.json is not None:
         document = {
             "command": " ".join(["python", *sys.argv]),
-            "machine": {"platform": platform.platform(), "processor": platform.processor() or platform.machine()},
+            "machine": {"platform": platform.platform(), "machine": platform.machine(), "cores": os.cpu_count()},
             "versions": {name: version(name) for name in ("grpo-toolkit", "torch", "transformers", "peft")},
             "results": results,
         }

@@ -59,7 +59,12 @@ ensure_environment() {
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then return; fi
   done
   echo "Installing into .venv (once; some minutes)"
-  has_nvidia_gpu || pip_install "$TORCH_REQUIREMENT"
+  if ! has_nvidia_gpu; then
+    # where the package index serves CUDA builds under the plain name, TORCH_INDEX_URL names one of CPU builds
+    pip_install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$TORCH_REQUIREMENT"
+    .venv/bin/python -c 'import torch, sys; sys.exit(torch.version.cuda is not None)' ||
+      echo "Note: this index gave a CUDA build of torch. It works here too; TORCH_INDEX_URL can name an index of CPU builds."
+  fi
   if [ "$kind" = dev ]; then project=".[dev]"; fi
   pip_install --editable "$project"
   pip_install --no-deps "$MODEL_REQUIREMENT"

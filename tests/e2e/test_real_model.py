@@ -92,7 +92,7 @@ def test_a_run_and_a_model_are_evaluated_by_the_same_command(quickstart: Path, t
 
 def test_a_judge_over_http_scores_the_same_line(tmp_path: Path, smollm_dir: Path) -> None:
     recipe = tmp_path / "judged.yaml"
-    with serve(failure_rate=0.1) as server:
+    with serve(error_rate=0.05, failure_rate=0.1) as server:
         text = (RECIPES / "quickstart-judged.yaml").read_text()
         recipe.write_text(text.replace("http://127.0.0.1:8008/v1", server.url))
         done = grpo("train", str(recipe), "steps=2", "eval.before=false", "eval.after=false", *SMALL, cwd=tmp_path)
@@ -102,7 +102,7 @@ def test_a_judge_over_http_scores_the_same_line(tmp_path: Path, smollm_dir: Path
         assert len(audit) == 2 * 16
         for row in rows(run / "completions.jsonl"):
             (verdict,) = row["verdicts"].values()
-            assert set(verdict["parts"]) == {"judged", "length"}
+            assert set(verdict["parts"]) == {"judged", "abstention_penalty", "length"}
             assert verdict["parts"]["judged"] in {0.0, 0.5, 1.0, None}
 
 
