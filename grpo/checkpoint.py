@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -36,9 +37,15 @@ class Checkpoint:
 
 
 def save_checkpoint(run_dir: Path, updater: Updater, *, step: int, keep: int) -> Checkpoint:
-    """Write checkpoints/step-N atomically, then drop all but the newest `keep`."""
+    """Write checkpoints/step-N atomically, then drop all but the newest `keep`.
+
+    Later ones are dropped too: a run that goes on from an earlier step has found them damaged. Only one process may
+    save into a run directory.
+    """
     parent = run_dir / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
+    for orphan in parent.glob(".step-*"):  # of processes that were killed while they saved
+        shutil.rmtree(orphan)
     temporary = parent / f".step-{step}-{uuid.uuid4().hex}"
     temporary.mkdir()
     try:
@@ -60,15 +67,17 @@ def save_checkpoint(run_dir: Path, updater: Updater, *, step: int, keep: int) ->
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in list_checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old.folder)
+    found = list_checkpoints(run_dir)
+    kept = [checkpoint for checkpoint in found if checkpoint.step <= step][-keep:]
+    for dropped in (checkpoint for checkpoint in found if checkpoint not in kept):
+        shutil.rmtree(dropped.folder)
     return Checkpoint(step=step, folder=final)
 
 
 def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
-    """Checkpoints that carry a manifest, oldest first; their hashes are checked when one is loaded."""
-    folders = (run_dir / "checkpoints").glob("step-*/" + MANIFEST)
-    found = [Checkpoint(step=int(path.parent.name.removeprefix("step-")), folder=path.parent) for path in folders]
+    """Folders called step-<digits>, oldest first, damaged ones too: files are checked when one is loaded."""
+    folders = [path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
+    found = [Checkpoint(step=int(path.name.removeprefix("step-")), folder=path) for path in folders if path.is_dir()]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
