@@ -58,7 +58,7 @@ def _answer(group: ScoredGroup) -> Answer:
 
 
 def summarise(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
-    """objective -> mean, low, high (95% bootstrap), n, unscored, and the mean of each kind.
+    """objective -> mean, low, high (95% bootstrap), n, unscored, and each kind's mean ("kinds") and interval.
 
     A policy that always says "unknown" is seen for what it is: its kinds lie at 1 and 0.
     """
@@ -69,14 +69,17 @@ def summarise(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
         if not scored:
             continue  # no verdict at all: absent, not 0
         interval = bootstrap_mean([value for _, value in scored])
-        kinds = sorted({answer.kind for answer, _ in scored})
+        kinds: dict[str, list[float]] = {}
+        for answer, value in sorted(scored, key=lambda pair: pair[0].kind):
+            kinds.setdefault(answer.kind, []).append(value)
         result[name] = {
             "mean": interval.mean,
             "low": interval.low,
             "high": interval.high,
             "n": len(scored),
             "unscored": len(own) - len(scored),
-            "kinds": {kind: _mean([value for answer, value in scored if answer.kind == kind]) for kind in kinds},
+            "kinds": {kind: sum(values) / len(values) for kind, values in kinds.items()},
+            "kind_intervals": {kind: _with_interval(values) for kind, values in kinds.items()},
         }
     return result
 
@@ -121,5 +124,6 @@ def _objectives(answers: Sequence[Answer]) -> list[str]:
     return list(dict.fromkeys(name for answer in answers for name in answer.scores))
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _with_interval(values: Sequence[float]) -> dict[str, float]:
+    interval = bootstrap_mean(values)
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high, "n": len(values)}

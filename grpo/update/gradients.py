@@ -34,6 +34,8 @@ class GradientWindow:
     def add(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch's part of the window's loss.
 
+        Costs a second gradient of all parameters that learn while it runs: the micro-batch's own, beside the window's.
+
         Raises:
             RuntimeError: the loss is detached from every parameter: nothing could be learned from it.
         """
