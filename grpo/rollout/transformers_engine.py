@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from grpo.errors import ModelError
 from grpo.prompts import EncodedPrompt
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.processors import Prefix, Processor, build_processors
@@ -162,7 +163,22 @@ def _plain_copy(policy: Policy) -> PreTrainedModel:
         for name, buffer in policy.causal_lm.named_buffers():  # rotary frequencies are in no state dict
             module, _, last = name.replace(".base_layer.", ".").rpartition(".")
             setattr(model.get_submodule(module), last, buffer.clone())
+    _check_all_real(model)
     return model
+
+
+def _check_all_real(model: PreTrainedModel) -> None:
+    """Raises ModelError for a tensor that is still on the meta device: it would be without values."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, module in model.named_modules():
+        attributes = {key: value for key, value in vars(module).items() if isinstance(value, Tensor)}
+        tensors |= {f"{name}.{key}".lstrip("."): value for key, value in attributes.items()}
+    empty = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
+    if empty:
+        raise ModelError(
+            f"{type(model).__name__} keeps {empty[0]} neither as a parameter nor as a buffer, so that the engine's "
+            "copy of the model would be without its values. Such an architecture cannot be sampled from."
+        )
 
 
 def _draws(prompts: Sequence[EncodedPrompt], num_samples: int, *, params: SamplingParams, seed: int) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from grpo.config import LoraTrainable, TrainableConfig
 from grpo.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,17 +42,36 @@ class Policy:
     because bfloat16 weights lose updates smaller than their resolution.
     """
 
-    def __init__(self, model: PreTrainedModel, trainable: TrainableConfig, *, seed: int) -> None:
-        """Args: model: loaded weights, taken over. Raises ConfigError for modules that cannot be trained."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        trainable: TrainableConfig,
+        *,
+        seed: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Start from a model as it was loaded.
+
+        Args:
+            model: loaded weights, taken over.
+            seed: of the adapter's random part.
+            tokenizer: written beside the weights by `save`, so that the folder can be used alone.
+        Raises:
+            ConfigError: modules that cannot be trained.
+        """
+        self._tokenizer = tokenizer
+        self._compute_dtype = model.dtype
         if isinstance(trainable, LoraTrainable):
             self.model: PreTrainedModel | PeftModel = _with_adapter(model, trainable, seed=seed)
             self._reference: PreTrainedModel | None = None
         else:
-            self._reference = copy.deepcopy(model).requires_grad_(False)
+            # eval mode for good: it takes no gradient, so nothing is lost, and no caller can forget its dropout
+            self._reference = copy.deepcopy(model).requires_grad_(False).eval()
+            _to_float32(
+                self._reference.parameters()
+            )  # the policy's arithmetic, or their rounding would be taken for KL
             self.model = model.requires_grad_(True)
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        _to_float32(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         self.model.train()
 
     @property
@@ -71,9 +91,8 @@ class Policy:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype of the matrix products: that of the frozen weights; of all weights where none is frozen."""
-        frozen = self._reference or self.causal_lm
-        return next(p.dtype for p in frozen.parameters() if not p.requires_grad)
+        """Dtype of the matrix products: that of the weights as they were loaded."""
+        return self._compute_dtype
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter, in the model's order."""
@@ -88,7 +107,6 @@ class Policy:
         """The frozen reference, without gradient. The adapter is on again afterwards, on an exception too."""
         with torch.no_grad():
             if self._reference is not None:
-                self._reference.train(self.model.training)  # the same mode in all passes
                 yield self._reference
             else:
                 assert isinstance(self.model, PeftModel)
@@ -107,8 +125,15 @@ class Policy:
                 yield f"{name}.weight", (layer.weight.float() + delta.float()).detach()  # pyright: ignore[reportOptionalMemberAccess]
 
     def save(self, folder: Path) -> None:
-        """Write the adapter (LoRA) or the whole model as safetensors, loadable by peft or transformers."""
-        self.model.save_pretrained(str(folder))
+        """Write the adapter (LoRA) or the whole model as safetensors, loadable by peft or transformers; the tokenizer
+        beside it."""
+        if isinstance(self.model, PeftModel):
+            # embeddings are never resized here; "auto" would find that out by asking the hub for the base model
+            self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        else:
+            self.model.save_pretrained(str(folder))
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(str(folder))
 
     def load(self, folder: Path) -> None:
         """Take back the trainable parameters that `save` wrote. Raises CheckpointError where they do not fit."""
@@ -124,6 +149,11 @@ class Policy:
         with torch.no_grad():
             for key, parameter in renamed.items():
                 parameter.copy_(saved[key])
+
+
+def _to_float32(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
 
 
 def _saved_name(name: str) -> str:
@@ -142,8 +172,10 @@ def _with_adapter(model: PreTrainedModel, trainable: LoraTrainable, *, seed: int
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # the adapter's A matrices are drawn from the global generator
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # peft sets it right, layer by layer
+        # peft draws the A matrices on the CPU, from the global generator; torch.manual_seed would reseed the GPUs too
+        torch.default_generator.manual_seed(seed)
         try:
             adapted = get_peft_model(model, config)
         except ValueError as exc:
@@ -183,7 +215,7 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
         (m, name, value)
         for m in model.modules()
         for name, value in vars(m).items()
-        if "dropout" in name and isinstance(value, float)
+        if "drop" in name and isinstance(value, float)  # attention_dropout, attn_pdrop, layerdrop
     ]
     try:
         for layer, _ in layers:
