@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,25 @@ def evaluate_target(target: str, *, recipe: str, overrides: Sequence[str]) -> di
     Returns:
         The shape of eval.json with one side: {"after": ...} for a run, {"before": ...} for a model as it is.
     Raises:
-        InputError: neither a run nor a model, or the recipe is wrong.
+        InputError: neither a run nor a model, a run without a checkpoint, the recipe is wrong, or it names no held-out
+            prompts.
     """
     run_dir = Path(target).expanduser()
-    is_run = (run_dir / "config.yaml").is_file()
-    if is_run:
+    checkpoint = None
+    if (run_dir / "config.yaml").is_file():
         config = load_recipe(str(run_dir / "config.yaml"), overrides)
+        checkpoint = latest_checkpoint(run_dir)  # before the model: a run without one need not wait for the weights
     else:
         model = str(run_dir.absolute()) if run_dir.is_dir() else target
-        config = load_recipe(recipe, [*overrides, f"model={model}"])
-    parts = open_run(config)
+        # an override's value is read as YAML, to which a name may mean something else
+        config = load_recipe(recipe, [*overrides, f"model={json.dumps(model, ensure_ascii=False)}"])
+    parts = open_run(config, purpose="evaluate")
     try:
-        if is_run:
-            load_checkpoint(latest_checkpoint(run_dir), parts.updater)
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, parts.updater)
             parts.engine.load_weights(parts.policy)
         prompts = parts.encode(parts.prompts.held_out(config.eval.num_prompts))
         answers = evaluate(parts.engine, parts.eval_scorer, prompts, params=parts.params)
     finally:
         parts.close()
-    return {"after" if is_run else "before": summarise(answers)}
+    return {"before" if checkpoint is None else "after": summarise(answers)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
@@ -28,7 +28,11 @@ from grpo.update.step import Updater
 from rewards.base import RewardContext
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+Purpose: TypeAlias = Literal["train", "evaluate"]
+"""What a run is opened for. Rewards that it will not ask are neither built nor checked: a judged run can be evaluated
+where its judge cannot be reached."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +41,15 @@ class RunParts:
 
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptSource
-    max_prompt_tokens: int
-    """Room that the model's context leaves beside rollout.max_new_tokens."""
+    max_prompt_tokens: int | None
+    """Room that the model's context leaves beside rollout.max_new_tokens; None where the context has no end."""
     params: SamplingParams
     policy: Policy
     engine: RolloutEngine
     scorer: Scorer
+    """Of training; without rewards in a run that is only evaluated."""
     eval_scorer: Scorer
+    """Of evaluation; without rewards in a run that is never evaluated."""
     updater: Updater
 
     def encode(self, prompts: list[Prompt]) -> list[EncodedPrompt]:
@@ -57,21 +63,24 @@ class RunParts:
         self.engine.close()
 
 
-def open_run(config: RunConfig, *, audit_path: Path | None = None) -> RunParts:
+def open_run(config: RunConfig, *, purpose: Purpose = "train", audit_path: Path | None = None) -> RunParts:
     """Check a recipe and build its parts. Writes nothing but the cache of a packaged model.
 
+    Args:
+        purpose: what the parts are for; only what that needs is checked.
+        audit_path: where judges write what they were asked and answered; nowhere where None.
     Raises:
         InputError: whatever is wrong with the recipe, the model, the prompts or a reward.
     """
     prompts = open_prompts(config.prompts, seed=config.seed, objectives=list(config.objectives))
     check_objectives_of_prompts(prompts.objective_sets(), config.objectives, source=_prompts_name(config))
-    _check_held_out(config, prompts)
+    _check_held_out(config, prompts, purpose)
     device = choose_device(config.device)
     check_model(config.model, config.base_dir)
     context = RewardContext(base_dir=config.base_dir, audit_path=audit_path)
-    scorer, eval_scorer = _open_scorers(config, context)
+    scorer, eval_scorer = _open_scorers(config, context, purpose)
     try:
-        return _with_model(config, device, prompts, scorer, eval_scorer)
+        return _with_model(config, device, prompts, scorer, eval_scorer, purpose)
     except BaseException:
         scorer.close()
         eval_scorer.close()
@@ -99,23 +108,34 @@ def _prompts_name(config: RunConfig) -> str:
     return str(prompts.path if prompts.type == "file" else prompts.name)
 
 
-def _check_held_out(config: RunConfig, prompts: PromptSource) -> None:
-    if (config.eval.before or config.eval.after) and not prompts.held_out(1):
+def _evaluates(config: RunConfig, purpose: Purpose) -> bool:
+    return purpose == "evaluate" or config.eval.before or config.eval.after
+
+
+def _check_held_out(config: RunConfig, prompts: PromptSource, purpose: Purpose) -> None:
+    if not _evaluates(config, purpose) or prompts.held_out(1):
+        return
+    if purpose == "evaluate":
         raise ConfigError(
-            "eval.before or eval.after is on, but there are no held-out prompts. Name them "
-            "(prompts.held_out_path or prompts.held_out_split), or set eval.before=false and eval.after=false."
+            "there are no held-out prompts to evaluate on. Name them: prompts.held_out_path=FILE for prompts from a "
+            "file, prompts.held_out_split=NAME for those from the hub."
         )
+    raise ConfigError(
+        "eval.before or eval.after is on, but there are no held-out prompts. Name them "
+        "(prompts.held_out_path or prompts.held_out_split), or set eval.before=false and eval.after=false."
+    )
 
 
-def _open_scorers(config: RunConfig, context: RewardContext) -> tuple[Scorer, Scorer]:
-    """The training scorer and the evaluation's; only those rewards are asked that the run will use."""
-    objectives = build_objectives(config.objectives, context)
-    for_evaluation = build_objectives(config.objectives, context, for_evaluation=True)
-    scorer, eval_scorer = Scorer(objectives), Scorer(for_evaluation)
+def _open_scorers(config: RunConfig, context: RewardContext, purpose: Purpose) -> tuple[Scorer, Scorer]:
+    """The training scorer and the evaluation's; each without rewards where the run will not use it."""
+    training = build_objectives(config.objectives, context) if purpose == "train" else ()
+    evaluating = (
+        build_objectives(config.objectives, context, for_evaluation=True) if _evaluates(config, purpose) else ()
+    )
+    scorer, eval_scorer = Scorer(training), Scorer(evaluating)
     try:
         scorer.check()
-        if config.eval.before or config.eval.after:
-            eval_scorer.check()
+        eval_scorer.check()
     except BaseException:
         scorer.close()
         eval_scorer.close()
@@ -124,18 +144,24 @@ def _open_scorers(config: RunConfig, context: RewardContext) -> tuple[Scorer, Sc
 
 
 def _with_model(
-    config: RunConfig, device: torch.device, prompts: PromptSource, scorer: Scorer, eval_scorer: Scorer
+    config: RunConfig,
+    device: torch.device,
+    prompts: PromptSource,
+    scorer: Scorer,
+    eval_scorer: Scorer,
+    purpose: Purpose,
 ) -> RunParts:
     dtype = choose_dtype(config.dtype, device)
     tokenizer = load_tokenizer(config.model, base_dir=config.base_dir)
     model = load_model(config.model, dtype=dtype, base_dir=config.base_dir).to(device)  # pyright: ignore[reportArgumentType]
     params = sampling_params(config, end_token_ids(tokenizer, model.generation_config, config.rollout.end_tokens))
-    context_tokens = int(model.config.get_text_config().max_position_embeddings)
-    max_prompt_tokens = context_tokens - config.rollout.max_new_tokens
-    num_held_out = config.eval.num_prompts if config.eval.before or config.eval.after else 0
-    for prompt in [*prompts.to_check(), *prompts.held_out(num_held_out)]:
+    context_tokens = context_length(model.config)
+    max_prompt_tokens = None if context_tokens is None else context_tokens - config.rollout.max_new_tokens
+    to_check = prompts.to_check() if purpose == "train" else []
+    held_out = prompts.held_out(config.eval.num_prompts) if _evaluates(config, purpose) else []
+    for prompt in [*to_check, *held_out]:
         encode_prompt(prompt, tokenizer, max_tokens=max_prompt_tokens)
-    policy = Policy(model, config.trainable, seed=derived_seed(config.seed, "adapter"))
+    policy = Policy(model, config.trainable, seed=derived_seed(config.seed, "adapter"), tokenizer=tokenizer)
     updater = Updater(
         policy,
         {name: build_controller(objective.beta) for name, objective in config.objectives.items()},
@@ -155,6 +181,12 @@ def _with_model(
         eval_scorer=eval_scorer,
         updater=updater,
     )
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Tokens that fit the model's context; None where its config names no end, as with ALiBi or recurrent models."""
+    tokens = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(tokens) if tokens is not None and tokens > 0 else None
 
 
 def sampling_params(config: RunConfig, ends: tuple[int, ...]) -> SamplingParams:

@@ -22,6 +22,9 @@ from grpo.tasks.base import Task
 from grpo.tasks.registry import get_task
 from grpo.types import Message, Prompt
 
+CHECKED_PER_TASK = 64
+"""Scenes of each task whose length is looked at before a run begins."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedPrompt:
@@ -101,8 +104,9 @@ class TaskSource:
         return [task.prompt("held_out", 0, n) for task in self._tasks for n in range(num_per_objective)]
 
     def to_check(self) -> list[Prompt]:
-        """The first step's scenes; the others are as long, give or take a name."""
-        return self.batch(1)
+        """The first scenes of each task, by far more than it has wordings and kinds; the first step at least."""
+        num_checked = max(CHECKED_PER_TASK * len(self._tasks), self._per_step)
+        return [self._prompt(n, "train") for n in range(num_checked)]
 
     def objective_sets(self) -> list[tuple[str, ...]]:
         """One objective per task."""
@@ -164,11 +168,11 @@ class ListSource:
         return order
 
 
-def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> EncodedPrompt:
+def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None) -> EncodedPrompt:
     """Render the chat and tokenise it.
 
     Args:
-        max_tokens: room in the model's context, completion already taken off.
+        max_tokens: room in the model's context, completion already taken off; None where the context has no end.
     Raises:
         DatasetError: the prompt does not fit, or the tokenizer has no chat template.
     """
@@ -184,7 +188,7 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, max_tok
     except (ValueError, TemplateError) as exc:  # a template refuses what it cannot render, such as a system message
         raise DatasetError(f"prompt {prompt.id!r} cannot be rendered as a chat: {exc}") from exc
     token_ids = tuple(int(token) for token in rendered["input_ids"])
-    if len(token_ids) > max_tokens:
+    if max_tokens is not None and len(token_ids) > max_tokens:
         raise DatasetError(
             f"prompt {prompt.id!r} has {len(token_ids)} tokens, but the model's context leaves {max(max_tokens, 0)} "
             "for a prompt beside rollout.max_new_tokens. Shorten the prompt or lower rollout.max_new_tokens."

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BloomConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from grpo.config import FilePrompts, TaskPrompts
 from grpo.errors import DatasetError
-from grpo.prompts import ListSource, PromptSource, encode_prompt, open_prompts
+from grpo.preflight import context_length
+from grpo.prompts import ListSource, PromptSource, TaskSource, encode_prompt, open_prompts
+from grpo.tasks.base import Split
 from grpo.types import Message, Prompt
 
 
@@ -115,6 +117,34 @@ def test_tasks_take_turns_and_a_step_always_gives_the_same_scenes() -> None:
     assert [prompt.objectives for prompt in [*first, *second]] == [("fairness",), ("grounding",)] * 3
     assert source.batch(2) == second
     assert len(set(ids_of([*first, *second]))) == 6
+
+
+class OneLongScene:
+    """A task of short scenes, one of which is long."""
+
+    name = "one_long_scene"
+    objective = "a"
+    kinds = ("all",)
+
+    def __init__(self, *, long_index: int) -> None:
+        self._long_index = long_index
+
+    def prompt(self, split: Split, seed: int, index: int) -> Prompt:
+        text = "Who? " * (100 if index == self._long_index else 1)
+        return make_prompt(f"{split}/{seed}/{index}", text=text)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2])
+def test_a_long_scene_behind_the_first_step_is_among_those_that_are_checked(num_tasks: int) -> None:
+    tasks = [OneLongScene(long_index=1000) for _ in range(num_tasks - 1)] + [OneLongScene(long_index=63)]
+    source = TaskSource(tasks, per_step=2, seed=0)
+    assert max(len(prompt.messages[-1].content) for prompt in source.batch(1)) == 5
+    assert max(len(prompt.messages[-1].content) for prompt in source.to_check()) == 500
+
+
+def test_the_whole_first_step_is_checked_however_large_it_is() -> None:
+    source = TaskSource([OneLongScene(long_index=1000)], per_step=300, seed=0)
+    assert source.to_check() == source.batch(1)
 
 
 # --- files
@@ -324,3 +354,11 @@ def test_a_chat_that_the_template_refuses_is_answered_with_its_reason(tiny_model
     strict.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(DatasetError, match=r"prompt 'p' cannot be rendered as a chat: System role not supported"):
         encode_prompt(make_prompt("p"), strict, max_tokens=100)
+
+
+def test_a_model_whose_config_names_no_end_of_its_context_takes_every_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    assert context_length(LlamaConfig(max_position_embeddings=256)) == 256
+    assert context_length(BloomConfig()) is None  # ALiBi: no position is the last
+    assert len(encode_prompt(make_prompt("p", text="Who? " * 500), tokenizer, max_tokens=None).token_ids) > 500
