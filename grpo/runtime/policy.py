@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from grpo.config import LoraTrainable, TrainableConfig
 from grpo.errors import CheckpointError, ConfigError
+from grpo.runtime.packaged_model import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,11 +66,10 @@ class Policy:
             self.model: PreTrainedModel | PeftModel = _with_adapter(model, trainable, seed=seed)
             self._reference: PreTrainedModel | None = None
         else:
-            # eval mode for good: it takes no gradient, so nothing is lost, and no caller can forget its dropout
+            # eval mode for good: it takes no gradient, so nothing is lost, and no caller can forget its dropout;
+            # float32 as the policy is: other arithmetic in the two passes would be taken for a KL
             self._reference = copy.deepcopy(model).requires_grad_(False).eval()
-            _to_float32(
-                self._reference.parameters()
-            )  # the policy's arithmetic, or their rounding would be taken for KL
+            _to_float32(self._reference.parameters())
             self.model = model.requires_grad_(True)
         _to_float32(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         self.model.train()
@@ -131,7 +131,8 @@ class Policy:
             # embeddings are never resized here; "auto" would find that out by asking the hub for the base model
             self.model.save_pretrained(str(folder), save_embedding_layers=False)
         else:
-            self.model.save_pretrained(str(folder))
+            with quiet_transformers():
+                self.model.save_pretrained(str(folder))
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(str(folder))
 

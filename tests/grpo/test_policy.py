@@ -175,12 +175,14 @@ def test_a_folder_of_another_rank_is_refused(tiny_model_dir: Path, tmp_path: Pat
     ids=["lora", "full"],
 )
 def test_the_saved_folder_is_used_alone_tokenizer_included(
-    tiny_model_dir: Path, tmp_path: Path, trainable: TrainableConfig, loader: Any
+    tiny_model_dir: Path, tmp_path: Path, trainable: TrainableConfig, loader: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     model = load_model(str(tiny_model_dir), dtype=torch.float32, base_dir=tiny_model_dir)
     policy = trained(Policy(model, trainable, seed=0, tokenizer=tokenizer))
+    capsys.readouterr()
     policy.save(tmp_path)
+    assert capsys.readouterr().err == ""  # no progress bar in a run's log
     assert torch.equal(logprobs_of(loader.from_pretrained(tmp_path)), logprobs_of(policy.model))
     saved = AutoTokenizer.from_pretrained(tmp_path)
     chat: list[dict[str, str]] = [{"role": "user", "content": "What is 1 and 2?"}]
