@@ -187,6 +187,11 @@ def _with_adapter(model: PreTrainedModel, trainable: LoraTrainable, *, seed: int
             "trainable.modules matches the language-model head, whose log-probabilities are computed from its weight "
             "alone. Leave the head out; all-linear does."
         )
+    if isinstance(adapted.get_base_model().get_input_embeddings(), LoraLayer):  # pyright: ignore[reportCallIssue]
+        raise ConfigError(
+            "trainable.modules matches the token embeddings, which many models share with the head: merged there, the "
+            "adapter would change the head too. Leave them out; all-linear does."
+        )
     return adapted
 
 

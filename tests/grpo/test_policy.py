@@ -86,6 +86,11 @@ def test_the_language_model_head_is_refused_an_adapter(tiny_model_dir: Path) -> 
         make_policy(tiny_model_dir, trainable=LoraTrainable(modules=("q_proj", "lm_head")))
 
 
+def test_token_embeddings_are_refused_an_adapter(tiny_model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"matches the token embeddings.*Leave them out"):
+        make_policy(tiny_model_dir, trainable=LoraTrainable(modules=("embed_tokens", "q_proj")))
+
+
 def test_a_module_that_is_not_there_is_refused_by_name(tiny_model_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"trainable.modules \['query_proj'\] do not fit this model"):
         make_policy(tiny_model_dir, trainable=LoraTrainable(modules=("query_proj",)))
