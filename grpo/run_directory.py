@@ -1,10 +1,12 @@
 """The folder of a run: config.yaml, metrics.jsonl, completions.jsonl, judge_audit.jsonl, eval.json, checkpoints/.
 
-Knows files; knows nothing of models. Every line goes to disk when its step ends.
+Knows files; knows nothing of models. Every line goes to disk when its step ends. One process at a time writes here.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -26,6 +28,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         """Args: path: absolute; nothing is touched yet."""
         self.path = path
+        self._lock: int | None = None
 
     @property
     def audit_path(self) -> Path:
@@ -49,17 +52,50 @@ class RunDirectory:
         """Make the folder and write the resolved config. Raises ConfigError."""
         try:
             self.path.mkdir(parents=True)
-            (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+            _write_atomically(self.path / "config.yaml", [dump_config(config)])
         except OSError as exc:
             raise ConfigError(f"output_dir {self.path} cannot be written: {exc}") from exc
 
-    def check_resumable(self, config: RunConfig) -> None:
+    def lock(self) -> None:
+        """Keep other processes out until `unlock`, or until this process ends, however it ends.
+
+        On a file system that knows no locks nobody is kept out.
+
+        Raises:
+            ConfigError: another process runs here, or the folder cannot be written to.
+        """
+        try:
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as exc:
+            raise ConfigError(f"output_dir {self.path} cannot be written: {exc}") from exc
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            self.unlock()
+            raise ConfigError(
+                f"another process is running in {self.path}. Wait for its end, or start a new run under another "
+                "output_dir."
+            ) from exc
+        except OSError as exc:
+            if exc.errno not in {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK}:
+                raise
+
+    def unlock(self) -> None:
+        """Let others in; does nothing where there is no lock. The file stays: removing it would race."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def check_resumable(self, config: RunConfig) -> RunConfig:
         """Refuse to continue a run under another recipe.
 
+        Returns:
+            The config that the run has had so far; it may differ in `MAY_CHANGE_ON_RESUME`.
         Raises:
             ConfigError: there is no run, or a key that decides what is learned differs; it is named.
         """
-        saved, now = load_run_config(self.path).model_dump(mode="json"), config.model_dump(mode="json")
+        so_far = load_run_config(self.path)
+        saved, now = so_far.model_dump(mode="json"), config.model_dump(mode="json")
         changed = [
             line for key in saved if key not in MAY_CHANGE_ON_RESUME for line in _differences(key, saved[key], now[key])
         ]
@@ -68,14 +104,30 @@ class RunDirectory:
                 f"{self.path} was started with another recipe: {'; '.join(changed)}. "
                 "Resume with the same values, or start a new run under another output_dir."
             )
+        return so_far
+
+    def go_on(self, config: RunConfig, *, done: int) -> None:
+        """Make the files those of a run that has done so many of config.steps steps."""
+        self.forget_after(done)
+        if done < config.steps:
+            self._forget_results()
+        _write_atomically(self.path / "config.yaml", [dump_config(config)])
 
     def forget_after(self, step: int) -> None:
-        """Drop lines of steps that the checkpoint does not hold; they will be run, and written, again."""
+        """Drop lines of steps that the checkpoint does not hold; they will be run, and written, again.
+
+        judge_audit.jsonl keeps its lines: the judges were asked, and will be asked again.
+        """
         for name in ("metrics.jsonl", "completions.jsonl"):
             path = self.path / name
             if path.exists():
-                kept = [row for row in iter_json_lines(path) if row["step"] <= step]
-                _write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+                kept = (row for row in iter_json_lines(path) if row["step"] <= step)
+                _write_atomically(path, (json.dumps(row) + "\n" for row in kept))
+
+    def last_step(self) -> int:
+        """The last step that metrics.jsonl holds; 0 where there is none."""
+        path = self.path / "metrics.jsonl"
+        return max((int(row["step"]) for row in iter_json_lines(path)), default=0) if path.exists() else 0
 
     def append(self, row: Mapping[str, float | int | None], completions: Iterable[Mapping[str, Any]]) -> None:
         """Write a finished step."""
@@ -86,12 +138,21 @@ class RunDirectory:
 
     def write_eval(self, evaluation: Mapping[str, Any]) -> None:
         """Write eval.json."""
-        _write_atomically(self.path / "eval.json", json.dumps(evaluation, indent=1, allow_nan=False))
+        _write_atomically(self.path / "eval.json", [json.dumps(evaluation, indent=1, allow_nan=False)])
 
     def read_eval(self) -> dict[str, Any]:
         """eval.json, empty where there is none."""
         path = self.path / "eval.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def _forget_results(self) -> None:
+        """Drop from eval.json what a shorter run came to; the answers before training stay."""
+        evaluation = self.read_eval()
+        results = {"after", "difference", "examples"} & set(evaluation)
+        if results:
+            kept = {key: value for key, value in evaluation.items() if key not in results}
+            kept["answers"] = {when: value for when, value in kept.get("answers", {}).items() if when != "after"}
+            self.write_eval(kept)
 
 
 def _differences(key: str, saved: Any, now: Any) -> list[str]:
@@ -102,7 +163,14 @@ def _differences(key: str, saved: Any, now: Any) -> list[str]:
     return [] if saved == now else [f"{key} was {saved!r}, now {now!r}"]
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def _write_atomically(path: Path, texts: Iterable[str]) -> None:
+    """Write the texts one behind the other; whoever reads finds the old file or the new one, after a crash too."""
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(texts)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from grpo.batching import build_batch
-from grpo.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from grpo.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from grpo.config import RunConfig
-from grpo.errors import TooFewVerdicts
+from grpo.errors import CheckpointError, ConfigError, RunStopped, TooFewVerdicts
 from grpo.evaluate import Answer, compare, evaluate, examples, summarise
 from grpo.preflight import RunParts, open_run
 from grpo.run_directory import RunDirectory
@@ -53,7 +53,7 @@ class RunResult:
     evaluation: Mapping[str, Any]
     """What eval.json holds; empty where nothing was evaluated."""
     was_interrupted: bool
-    """Ctrl-C or SIGTERM ended it after a whole step; `--resume` goes on."""
+    """Ctrl-C or SIGTERM ended it after a whole step, with something left to do; `--resume` goes on."""
 
 
 class Trainer:
@@ -80,20 +80,29 @@ class Trainer:
 
         Raises:
             InputError: the recipe or what it names cannot be used; nothing was written.
-            RunStopped: the run could not go on; its last checkpoint is whole.
+            RunStopped: the run could not go on; every step that it finished is in its last checkpoint.
         """
-        if resume:
-            self._directory.check_resumable(self.config)
-            checkpoint = latest_checkpoint(self._directory.path)
-        else:
-            self._directory.check_new()
-            checkpoint = None
-        self._parts = open_run(self.config, audit_path=self._directory.audit_path)
+        config, directory = self.config, self._directory
+        so_far = directory.check_resumable(config) if resume else None
         try:
+            if so_far is not None:
+                directory.lock()
+                checkpoint = self._checkpoint_to_resume(so_far)
+            else:
+                directory.check_new()
+                checkpoint = None
+            self._parts = open_run(config, audit_path=directory.audit_path)
+            if so_far is not None:
+                self._take_up(checkpoint, so_far)
+            else:
+                directory.create(config)
+                directory.lock()
             return self._run(checkpoint)
         finally:
-            self._parts.close()
-            self._parts = None
+            if self._parts is not None:
+                self._parts.close()
+                self._parts = None
+            directory.unlock()
 
     def step(self, step: int) -> StepReport:
         """One optimizer step, counted from 1."""
@@ -124,63 +133,95 @@ class Trainer:
         peak = peak_memory_bytes(parts.policy.device)
         return report_step(step, groups, batch, stats, seconds=seconds.elapsed, peak_bytes=peak)
 
-    def _run(self, checkpoint: Checkpoint | None) -> RunResult:
-        config, parts, directory = self.config, self.parts, self._directory
+    def _checkpoint_to_resume(self, so_far: RunConfig) -> Checkpoint | None:
+        """The newest whole one; None where the run was ended before its first."""
+        path, steps = self._directory.path, self.config.steps
+        if not list_checkpoints(path):
+            if self._directory.last_step() > so_far.checkpoint.every:
+                raise CheckpointError(
+                    f"{path} has done {self._directory.last_step()} steps, but its checkpoints are gone. Put its "
+                    "checkpoints folder back, or start a new run under another output_dir."
+                )
+            return None
+        checkpoint = latest_checkpoint(path)
+        if checkpoint.step > steps:
+            raise ConfigError(f"{path} has {checkpoint.step} steps; give steps=M above {checkpoint.step}, not {steps}.")
+        return checkpoint
+
+    def _take_up(self, checkpoint: Checkpoint | None, so_far: RunConfig) -> None:
+        """Make parts and files what they were after the checkpoint's step."""
+        config, parts, done = self.config, self.parts, 0
         if checkpoint is None:
-            directory.create(config)
-            done = 0
+            self._note("there is no checkpoint yet; beginning with the first step")
         else:
             done = load_checkpoint(checkpoint, parts.updater)
-            directory.forget_after(done)
             parts.engine.load_weights(parts.policy)
             self._note(f"resumed after step {done} from {checkpoint.folder}")
+        if so_far.steps != config.steps and config.optim.schedule == "linear":
+            self._note(
+                f"steps was {so_far.steps}, now {config.steps}: the learning rate falls to zero over the new number "
+                "(optim.schedule=linear), so it is another from here on than it would have been"
+            )
+        self._directory.go_on(config, done=done)
+
+    def _run(self, checkpoint: Checkpoint | None) -> RunResult:
+        config, directory = self.config, self._directory
+        done = checkpoint.step if checkpoint else 0
         if self._observer:
-            self._observer.start(title_rows(config, parts))
+            self._observer.start(title_rows(config, self.parts))
         with interruptions() as interrupted:
             before = self._before(done)
             durations: list[float] = []
-            for step in range(done + 1, config.steps + 1):
-                if interrupted.is_set():
-                    break
-                report = self.step(step)
+            while done < config.steps and not interrupted.is_set():
+                try:
+                    report = self.step(done + 1)
+                except RunStopped as exc:
+                    self._saved(done, checkpoint)
+                    exc.add_note(f"Saved after step {done}; go on with: grpo train {directory.path} --resume")
+                    raise
                 directory.append(report.row, report.completions)
-                done = step
+                done += 1
                 durations.append(float(report.row["time/step_s"] or 0.0))
                 if self._observer:
-                    left = (config.steps - step) * sum(durations) / len(durations)
+                    left = (config.steps - done) * sum(durations) / len(durations)
                     self._observer.step(report.row, total_steps=config.steps, seconds_left=left)
-                if step % config.checkpoint.every == 0 and step < config.steps:
-                    checkpoint = self._save(step)
-            if checkpoint is None or checkpoint.step != done:
-                checkpoint = self._save(done)
-            if done == config.steps and not interrupted.is_set():
-                self._after(before, has_learned=bool(durations))
-            return RunResult(
-                run_dir=directory.path,
-                checkpoint=checkpoint,
-                evaluation=directory.read_eval(),
-                was_interrupted=interrupted.is_set(),
-            )
+                if done % config.checkpoint.every == 0:
+                    checkpoint = self._saved(done, checkpoint)
+            checkpoint = self._saved(done, checkpoint)
+            needs_evaluation = config.eval.after and "after" not in directory.read_eval()
+            if done == config.steps and needs_evaluation and not interrupted.is_set():
+                self._evaluate("after", before)
+                needs_evaluation = False
+        return RunResult(
+            run_dir=directory.path,
+            checkpoint=checkpoint,
+            evaluation=directory.read_eval(),
+            was_interrupted=done < config.steps or needs_evaluation,
+        )
 
-    def _save(self, step: int) -> Checkpoint:
+    def _saved(self, step: int, checkpoint: Checkpoint | None) -> Checkpoint:
+        """The last checkpoint where it is this step's, else a new one."""
+        if checkpoint is not None and checkpoint.step == step:
+            return checkpoint
         return save_checkpoint(self._directory.path, self.parts.updater, step=step, keep=self.config.checkpoint.keep)
 
     def _before(self, done: int) -> list[Answer] | None:
         """Held-out answers of the untrained policy: made now, or read back in a resumed run."""
         if not self.config.eval.before:
             return None
-        saved = self._directory.read_eval().get("answers", {}).get("before")
-        if saved is not None:
-            return [_answer_from(entry, prompt.prompt) for entry, prompt in zip(saved, self._held_out(), strict=True)]
-        if done > 0:
-            self._note("eval.before was not made before this run was interrupted; there will be no difference")
-            return None
-        return self._evaluate("before", None)
-
-    def _after(self, before: list[Answer] | None, *, has_learned: bool) -> None:
-        # a finished run that was asked for more steps holds the evaluation of the shorter run
-        if self.config.eval.after and (has_learned or "after" not in self._directory.read_eval()):
-            self._evaluate("after", before)
+        prompts = [encoded.prompt for encoded in self._held_out()]
+        saved = {entry["id"]: entry for entry in self._directory.read_eval().get("answers", {}).get("before", [])}
+        if saved.keys() == {prompt.id for prompt in prompts}:
+            return [_answer_from(saved[prompt.id], prompt) for prompt in prompts]
+        if done == 0:
+            return self._evaluate("before", None)
+        why = (
+            f"the answers before training are to {len(saved)} held-out prompts, now there are {len(prompts)} or others"
+            if saved
+            else "eval.before was not made before this run was interrupted"
+        )
+        self._note(f"{why}; there will be no difference")
+        return None
 
     def _evaluate(self, when: str, before: list[Answer] | None) -> list[Answer]:
         self._note(f"evaluating on held-out prompts {when} training")

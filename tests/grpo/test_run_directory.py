@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +172,87 @@ def test_forgetting_in_a_run_without_a_step_does_nothing(tmp_path: Path) -> None
     assert [path.name for path in run.path.iterdir()] == ["config.yaml"]
 
 
+def test_forgetting_reads_a_file_line_by_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.append({"step": 1}, [{"step": 1, "completion": "x" * 1000} for _ in range(5000)])  # 5 MB
+    tracemalloc.start()
+    run.forget_after(1)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 500_000
+    assert len(lines_of(run.path / "completions.jsonl")) == 5000
+
+
+def test_forgetting_keeps_what_the_judges_were_asked(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.audit_path.write_text('{"request": 1}\n')
+    run.forget_after(0)
+    assert run.audit_path.read_text() == '{"request": 1}\n'
+
+
+def test_going_on_writes_what_may_change_into_the_config(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    changed = make_config(run.path, steps=9, checkpoint={"every": 1}, eval={"num_prompts": 3})
+    assert run.check_resumable(changed) == make_config(run.path)
+    run.go_on(changed, done=1)
+    assert load_run_config(run.path) == changed
+    assert [path.name for path in run.path.iterdir()] == ["config.yaml"]  # no temporary file stays
+
+
+def test_going_on_with_a_finished_run_keeps_its_results_and_with_a_longer_one_drops_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    answers = {"before": [{"id": "a"}], "after": [{"id": "a"}]}
+    whole = {"before": {"b": 1}, "after": {"b": 2}, "difference": {"b": 1}, "examples": [], "answers": answers}
+    run.write_eval(whole)
+    run.go_on(make_config(run.path, steps=2), done=2)
+    assert run.read_eval() == whole
+    run.go_on(make_config(run.path, steps=3), done=2)
+    assert run.read_eval() == {"before": {"b": 1}, "answers": {"before": [{"id": "a"}]}}
+
+
 def test_a_damaged_line_in_the_middle_is_not_dropped_silently(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run.path / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
     with pytest.raises(InputError, match=r"metrics\.jsonl, line 2"):
         run.forget_after(3)
     assert (run.path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": \n{"step": 3}\n'
+    assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "metrics.jsonl"]  # no half-written file
+
+
+# --- one process at a time
+
+
+def test_a_lock_keeps_others_out_until_it_is_given_up(tmp_path: Path) -> None:
+    run, other = make_run(tmp_path), RunDirectory(tmp_path / "run")
+    run.lock()
+    with pytest.raises(ConfigError, match="another process is running in"):
+        other.lock()
+    run.unlock()
+    run.unlock()  # a second time does nothing
+    other.lock()
+    other.unlock()
+
+
+def test_a_lock_ends_with_its_process_even_one_that_is_killed(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    code = (
+        "import sys, time; from pathlib import Path; from grpo.run_directory import RunDirectory\n"
+        "RunDirectory(Path(sys.argv[1])).lock(); print('locked', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, text=True)
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(ConfigError, match="another process is running in"):
+            run.lock()
+        holder.kill()
+    run.lock()
+    run.unlock()
+
+
+def test_a_folder_that_cannot_be_locked_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"output_dir .*gone cannot be written: "):
+        RunDirectory(tmp_path / "gone").lock()
 
 
 # --- lines
