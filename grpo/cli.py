@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -39,25 +41,30 @@ def train(
     config = load_recipe(_recipe_of(recipe), [*_output_dir_of(recipe, resume=resume), *(overrides or [])])
     from grpo.diagnostics.display import make_display
     from grpo.diagnostics.report import write_report
+    from grpo.errors import InputError
     from grpo.metrics import observed_kl_name
     from grpo.trainer import Trainer
 
     betas = {name: objective.beta for name, objective in config.objectives.items()}
     bands = {name: (beta.low, beta.high) if beta.type == "band" else None for name, beta in betas.items()}
     observed = {name: observed_kl_name(name, beta.observed) for name, beta in betas.items()}
-    with make_display(bands, observed) as display:
+    with _told_when_stopped(config.output_dir), make_display(bands, observed) as display:
         result = Trainer(config, observer=display).run(resume=resume)
-        report = write_report(result.run_dir)
-        paths = [
-            ("policy", str(result.checkpoint.folder / "policy")),
-            ("checkpoint", str(result.checkpoint.folder)),
-            ("report", str(report)),
-        ]
+        paths = [("policy", str(result.checkpoint.folder / "policy")), ("checkpoint", str(result.checkpoint.folder))]
         display.finish(dict(result.evaluation) or None, result.evaluation.get("examples"), paths)
         if result.was_interrupted:
             display.note(
                 f"interrupted after step {result.checkpoint.step}; go on with: grpo train {result.run_dir} --resume"
             )
+        try:  # last: a report that fails costs nothing of what is above
+            display.finish(None, None, [("report", str(write_report(result.run_dir)))])
+        except (InputError, OSError) as exc:
+            print(
+                f"error: the report was not written: {exc}\nThe run itself is whole; once this is put right: "
+                f"grpo report {result.run_dir}",
+                file=sys.stderr,
+            )
+            raise typer.Exit(EXIT_FAILED) from exc
     if result.was_interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
 
@@ -111,6 +118,24 @@ def _output_dir_of(name: str, *, resume: bool) -> list[str]:
     )
 
 
+@contextmanager
+def _told_when_stopped(run_dir: Path) -> Iterator[None]:
+    """A second Ctrl-C ends the command at once, saying what is there; typer alone would end it without a word."""
+    try:
+        yield
+    except KeyboardInterrupt as exc:
+        from grpo.checkpoint import list_checkpoints
+
+        found = [f"its last checkpoint is of step {checkpoint.step}" for checkpoint in list_checkpoints(run_dir)]
+        what_is_there = (
+            f"{run_dir}: {found[-1] if found else 'no checkpoint yet'}; go on with: grpo train {run_dir} --resume"
+            if (run_dir / "config.yaml").is_file()
+            else "no run directory was written"
+        )
+        print(f"stopped at once. {what_is_there}", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from exc
+
+
 def main() -> None:
     """Entry point: errors raised on purpose become one message and an exit code; others keep their traceback."""
     # spinning OpenMP threads slow everything else on the machine; read when torch is imported
@@ -120,8 +145,8 @@ def main() -> None:
     try:
         app()
     except GrpoError as exc:
-        print(f"error: {exc}", file=sys.stderr)
+        print("\n".join([f"error: {exc}", *getattr(exc, "__notes__", [])]), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT if isinstance(exc, InputError) else EXIT_FAILED)
     except KeyboardInterrupt:
-        print("stopped at once; the last checkpoint is whole", file=sys.stderr)
+        print("stopped at once", file=sys.stderr)  # before or after typer, which turns the others into exit code 130
         sys.exit(EXIT_INTERRUPTED)

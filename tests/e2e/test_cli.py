@@ -25,13 +25,16 @@ ROWS = [
     *({"id": f"v{n}", "prompt": f"Say {n}.", "objectives": ["vowels"]} for n in range(3)),
 ]
 REWARD = '''
-"""A reward beside its recipe: the share of vowels."""
+"""A reward beside its recipe: the share of vowels; no verdict while the file `silent` exists."""
 
+import pathlib
 import time
 
 
-def vowels(inputs, pause_s=0.0):
+def vowels(inputs, pause_s=0.0, silent="never.there"):
     time.sleep(pause_s)
+    if pathlib.Path(silent).exists():
+        return [None for _ in inputs]
     return [sum(letter in "aeiou" for letter in one.completion) / max(len(one.completion), 1) for one in inputs]
 '''
 
@@ -60,6 +63,12 @@ def write_recipe(folder: Path, model_dir: Path, **changes: Any) -> Path:
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "recipe.yaml"
+
+
+def with_params(recipe: Path, **params: Any) -> str:
+    """The recipe's text, its own reward with these parameters."""
+    name = "cli_test_rewards:vowels"
+    return recipe.read_text().replace(name, f"{name}\n      params: {json.dumps(params)}")
 
 
 def grpo(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -157,6 +166,7 @@ def test_a_report_of_what_is_no_run_is_bad_input(tmp_path: Path) -> None:
 
 def test_a_run_leaves_its_whole_directory(first_run: Path) -> None:
     assert {path.name for path in first_run.iterdir()} == {
+        ".lock",
         "config.yaml",
         "metrics.jsonl",
         "completions.jsonl",
@@ -314,14 +324,78 @@ def test_a_run_that_was_extended_is_evaluated_again_after_its_last_step(own_run:
     assert "what the policy said after step 2" not in {entry["completion"] for entry in after}
 
 
+def test_a_resumed_run_has_its_results_shown_before_a_report_that_fails(
+    own_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_run / "report.html").unlink()
+    (own_run / "report.html").mkdir()
+    monkeypatch.setattr(sys, "argv", ["grpo", "train", str(own_run), "--resume"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 1
+    assert "before" in out
+    assert str(own_run / "checkpoints" / "step-2" / "policy") in out.replace("\n", "")
+    assert err.startswith("error: the report was not written: ")
+    assert f"grpo report {own_run}" in err
+    assert "Traceback" not in err
+
+
+def test_a_run_that_cannot_go_on_fails_and_names_the_command_that_goes_on(
+    tiny_model_dir: Path, tmp_path: Path, grpo_here: InProcess
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_model_dir, eval={"before": False, "after": False})
+    silent = tmp_path / "silent"
+    recipe.write_text(with_params(recipe, silent=str(silent)))
+    silent.touch()
+    code, stderr = grpo_here("train", str(recipe))
+    run_dir = tmp_path / "runs" / "first"
+    assert code == 1
+    assert "error: objective vowels: 12 of 12 completions have no verdict" in stderr
+    assert f"Saved after step 0; go on with: grpo train {run_dir} --resume" in stderr
+    silent.unlink()
+    code, stderr = grpo_here("train", str(run_dir), "--resume")
+    assert code == 0, stderr
+    assert [row["step"] for row in lines_of(run_dir / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_second_process_is_refused_and_a_second_ctrl_c_ends_the_first_at_once(
+    tiny_model_dir: Path, tmp_path: Path, grpo_here: InProcess
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_model_dir, steps=1000, eval={"before": False, "after": False})
+    recipe.write_text(with_params(recipe, pause_s=4.0))
+    run_dir = tmp_path / "runs" / "first"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo", "train", str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        while not process.stdout.readline().startswith("run directory"):  # the last fact before the first step
+            assert process.poll() is None
+        code, stderr = grpo_here("train", str(run_dir), "--resume")
+        assert code == 2
+        assert f"another process is running in {run_dir}" in stderr
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        process.stderr.readline()
+        assert process.stderr.readline().startswith("finishing the current step or evaluation, then saving")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert err == f"stopped at once. {run_dir}: no checkpoint yet; go on with: grpo train {run_dir} --resume\n"
+    assert not (run_dir / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_exits_130_and_resume_goes_on(
     number: signal.Signals, tiny_model_dir: Path, tmp_path: Path, grpo_here: InProcess
 ) -> None:
     recipe = write_recipe(tmp_path, tiny_model_dir, steps=1000, eval={"before": False, "after": False})
-    recipe.write_text(
-        recipe.read_text().replace("cli_test_rewards:vowels", "cli_test_rewards:vowels\n      params: {pause_s: 0.1}")
-    )
+    recipe.write_text(with_params(recipe, pause_s=0.1))
     run_dir = tmp_path / "runs" / "first"
     process = subprocess.Popen(
         [sys.executable, "-m", "grpo", "train", str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
