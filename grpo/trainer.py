@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -84,25 +84,22 @@ class Trainer:
         """
         config, directory = self.config, self._directory
         so_far = directory.check_resumable(config) if resume else None
-        try:
+        with ExitStack() as at_end:
+            at_end.callback(directory.unlock)
+            at_end.callback(setattr, self, "_parts", None)
             if so_far is not None:
                 directory.lock()
                 checkpoint = self._checkpoint_to_resume(so_far)
             else:
                 directory.check_new()
                 checkpoint = None
-            self._parts = open_run(config, audit_path=directory.audit_path)
+            self._parts = at_end.enter_context(closing(open_run(config, audit_path=directory.audit_path)))
             if so_far is not None:
                 self._take_up(checkpoint, so_far)
             else:
                 directory.create(config)
                 directory.lock()
             return self._run(checkpoint)
-        finally:
-            if self._parts is not None:
-                self._parts.close()
-                self._parts = None
-            directory.unlock()
 
     def step(self, step: int) -> StepReport:
         """One optimizer step, counted from 1."""
