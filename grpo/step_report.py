@@ -51,6 +51,22 @@ def report_step(
     return StepReport(step=step, row=row, completions=list(_completion_rows(step, groups, batch)))
 
 
+MAX_SAMPLER_RATIO = 2.0
+"""A 99th percentile above this is no rounding any more: bfloat16 alone stays near 1.3."""
+
+
+def warnings_of(row: Mapping[str, float | int | None]) -> list[str]:
+    """What in a step's figures a person should know at once."""
+    found: list[str] = []
+    ratio = row.get(names.SAMPLER_RATIO_P99)
+    if ratio is not None and ratio > MAX_SAMPLER_RATIO:
+        found.append(
+            f"step {row[names.STEP]}: one token in a hundred has probabilities in engine and trainer that differ by a "
+            f"factor of {ratio:.1f} or more; compare them with dtype=float32 before you trust this run"
+        )
+    return found
+
+
 def _reward_figures(groups: Sequence[ScoredGroup], batch: TrainBatch) -> dict[str, float]:
     figures: dict[str, float] = {}
     for name in batch.objectives:

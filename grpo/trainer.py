@@ -24,7 +24,7 @@ from grpo.runtime.devices import peak_memory_bytes
 from grpo.runtime.interruptions import interruptions
 from grpo.runtime.seeding import derived_seed
 from grpo.scoring import PendingScores, check_enough_verdicts
-from grpo.step_report import StepReport, report_step
+from grpo.step_report import StepReport, report_step, warnings_of
 
 
 class Observer(Protocol):
@@ -40,6 +40,10 @@ class Observer(Protocol):
 
     def note(self, text: str) -> None:
         """Something worth a line."""
+        ...
+
+    def warn(self, text: str) -> None:
+        """Something to look into."""
         ...
 
 
@@ -182,6 +186,8 @@ class Trainer:
                 if self._observer:
                     left = (config.steps - done) * sum(durations) / len(durations)
                     self._observer.step(report.row, total_steps=config.steps, seconds_left=left)
+                    for warning in warnings_of(report.row):
+                        self._observer.warn(warning)
                 if done % config.checkpoint.every == 0:
                     checkpoint = self._saved(done, checkpoint)
             checkpoint = self._saved(done, checkpoint)
