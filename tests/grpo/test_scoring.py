@@ -39,7 +39,7 @@ def make_group(*texts: str, name: str = "p0", objectives: tuple[str, ...] = ("a"
 
 def make_objective(rewards: Mapping[str, AnyReward], *, name: str = "a", **weights: float) -> Objective:
     terms = [WeightedReward(name=n, weight=weights.get(n, 1.0), reward=reward) for n, reward in rewards.items()]
-    return Objective(name=name, weight=1.0, rewards=tuple(terms))
+    return Objective(name=name, rewards=tuple(terms))
 
 
 def make_scored(*values: float | None, name: str = "a", reason: str = "") -> ScoredGroup:
