@@ -240,7 +240,8 @@ def _decode(
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        # as an index: the slice that the number 1 makes is not contiguous, and costs a copy of the head for each prompt
+        logits_to_keep=torch.tensor([input_ids.shape[1] - 1], device=input_ids.device),
     ).logits[:, -1]  # [P, V]
     cache.batch_repeat_interleave(k)  # the prompt was computed once for its K samples
     text = input_ids.repeat_interleave(k, dim=0)  # [B, T]
@@ -291,11 +292,30 @@ def _decode(
 def _pick(scores: Tensor, draws: Tensor, *, is_greedy: bool) -> tuple[Tensor, Tensor]:
     """One token per row by the inverse distribution function at its own draw: tokens [B], log-probabilities [B]."""
     logprobs = torch.log_softmax(scores, dim=-1)  # [B, V]
-    if is_greedy:
-        tokens = scores.argmax(dim=-1)
-    else:
-        cumulative = logprobs.double().exp().cumsum(dim=-1)  # float64: 49,000 small terms
-        target = draws[:, None] * cumulative[:, -1:]
-        # the first token whose cumulative mass exceeds the draw: never one of probability 0
-        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
+    tokens = scores.argmax(dim=-1) if is_greedy else _inverse_distribution(logprobs.exp(), draws)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+DRAW_BLOCK = 256
+"""Tokens that are added up first, so that the long sums in float64 are over V / 256 numbers."""
+
+
+def _inverse_distribution(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """[B] the first token up to which the mass exceeds draws [B] of the whole [B, V]; never one of probability 0."""
+    blocks = torch.nn.functional.pad(probabilities, (0, -probabilities.shape[1] % DRAW_BLOCK))
+    blocks = blocks.unflatten(1, (-1, DRAW_BLOCK))  # [B, V / 256, 256]
+    mass = blocks.sum(dim=-1, dtype=torch.float64)  # [B, V / 256]
+    block, left = _first_above(mass, draws[:, None] * mass.sum(dim=-1, keepdim=True))
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, DRAW_BLOCK))[:, 0].double()  # [B, 256]
+    return (block * DRAW_BLOCK + _first_above(inside, left)[0])[:, 0]
+
+
+def _first_above(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, 1] the first place whose cumulative mass [B, N] exceeds target [B, 1], and what of it the places before leave."""
+    cumulative = mass.cumsum(dim=-1)
+    place = torch.searchsorted(cumulative, target, right=True)  # [B, 1]
+    # where rounding put the target at or above the sum: the last place that holds any mass
+    last = mass.shape[1] - 1 - (mass.flip(1) > 0).int().argmax(dim=1, keepdim=True)
+    place = torch.minimum(place, last)
+    before = cumulative.gather(1, place) - mass.gather(1, place)
+    return place, (target - before).clamp(min=0.0)

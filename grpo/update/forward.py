@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 
 from grpo.batching import MicroBatch
@@ -36,35 +39,40 @@ class Forward:
 
 def policy_pass(policy: Policy, batch: MicroBatch, params: SamplingParams) -> Forward:
     """The policy's log-probabilities, with gradient where it is enabled."""
-    return _pass(policy.causal_lm, batch, params, autocast=_autocast(policy))
+    with _arithmetic(policy):
+        states = predicting_states(policy.causal_lm, batch)  # [B, T, H]
+    return _read_out(policy.causal_lm, states, batch, params)
 
 
 def reference_logprobs(policy: Policy, batch: MicroBatch, params: SamplingParams) -> Tensor:
     """[B, T] the frozen reference's log-probabilities under logits / temperature."""
     with policy.reference() as reference:
-        return _pass(reference, batch, params, autocast=_autocast(policy), is_replayed=False).plain_logprobs
+        with _arithmetic(policy):
+            states = predicting_states(reference, batch)  # [B, T, H]
+        return _read_out(reference, states, batch, params, is_replayed=False).plain_logprobs
 
 
-def _autocast(policy: Policy) -> torch.autocast:
-    """Float32 weights of a full training multiply in the compute dtype; adapters beside frozen weights need no cast."""
-    is_needed = policy.trains_all_weights and policy.compute_dtype != torch.float32
-    return torch.autocast(policy.device.type, policy.compute_dtype, enabled=is_needed)
+@contextlib.contextmanager
+def _arithmetic(policy: Policy) -> Iterator[None]:
+    """Float32 weights that learn multiply in the compute dtype, as the frozen ones do.
+
+    peft would turn the input of every adapter into float32 and the sum back, which takes longer than the products.
+    """
+    is_mixed = policy.compute_dtype != torch.float32
+    with contextlib.ExitStack() as stack:
+        if is_mixed and isinstance(policy.model, PeftModel):
+            stack.enter_context(disable_input_dtype_casting(policy.model))
+        stack.enter_context(torch.autocast(policy.device.type, policy.compute_dtype, enabled=is_mixed))
+        yield
 
 
-def _pass(
-    model: PreTrainedModel,
-    batch: MicroBatch,
-    params: SamplingParams,
-    *,
-    autocast: contextlib.AbstractContextManager[object],
-    is_replayed: bool = True,
+def _read_out(
+    model: PreTrainedModel, states: Tensor, batch: MicroBatch, params: SamplingParams, *, is_replayed: bool = True
 ) -> Forward:
     rows, offsets = batch.completion_mask.nonzero(as_tuple=True)  # [N], [N]
     targets = batch.completion_ids[rows, offsets]  # [N]
     replay = Replay(params, batch.completion_ids, rows, offsets)
     head = language_model_head(model)
-    with autocast:
-        states = predicting_states(model, batch)  # [B, T, H]
     logprobs, entropy, plain = logprobs_under_both_laws(
         states[rows, offsets],  # [N, H] only completion positions reach the head
         head.weight,

@@ -7,6 +7,9 @@ keys and values is given whole rows instead.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -14,10 +17,31 @@ from transformers.cache_utils import DynamicLayer
 
 from grpo.batching import MicroBatch
 
+PLAIN_ATTENTION_SCORES = 32 * 2**20
+"""Attention scores of one layer that may be held whole on a CPU: 128 MiB in float32, kept for the backward pass."""
+
 
 def predicting_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     """[B, T, H] the hidden state before each completion token; arbitrary where the completion mask is 0."""
-    return _shared(model, batch) if can_share_prompts(model) else whole_row_states(model, batch)
+    with _fastest_attention(model, batch):
+        return _shared(model, batch) if can_share_prompts(model) else whole_row_states(model, batch)
+
+
+@contextlib.contextmanager
+def _fastest_attention(model: PreTrainedModel, batch: MicroBatch) -> Iterator[None]:
+    """On a CPU, short rows take plain attention: the backward pass of the fused kernel is several times slower there."""
+    given = model.config._attn_implementation
+    rows, columns = batch.completion_ids.shape[0], batch.completion_ids.shape[1]
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)
+    scores = rows * heads * columns * (batch.prompt_ids.shape[1] + columns)
+    if given != "sdpa" or batch.completion_ids.device.type != "cpu" or scores > PLAIN_ATTENTION_SCORES:
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(given)
 
 
 def can_share_prompts(model: PreTrainedModel) -> bool:
