@@ -1,0 +1,96 @@
+"""A recipe: what every key means, its bounds, and why its default. Imports no torch.
+
+Unknown keys are errors, choices are tagged unions on `type`, and the resolved form is written beside the run.
+"""
+
+from grpo.config.base import (
+    StrictModel,
+)
+from grpo.config.objectives import (
+    BandBetaConfig,
+    BetaConfig,
+    DualBetaConfig,
+    FixedBetaConfig,
+    ObjectiveConfig,
+    ObservedKl,
+    ProportionalBetaConfig,
+)
+from grpo.config.prompts import (
+    FilePrompts,
+    HubPrompts,
+    PromptsConfig,
+    TaskPrompts,
+)
+from grpo.config.run import (
+    CheckpointConfig,
+    EvalConfig,
+    FullTrainable,
+    LoraTrainable,
+    RolloutConfig,
+    RunConfig,
+    ScoringConfig,
+    TrainableConfig,
+    WarmupConfig,
+)
+from grpo.config.update import (
+    AdaptiveEntropyConfig,
+    CispoLossConfig,
+    ClippedLossConfig,
+    CustomLossConfig,
+    EntropyConfig,
+    FixedEntropyConfig,
+    GradientsConfig,
+    KlConfig,
+    LearningRateRule,
+    LossConfig,
+    OptimConfig,
+    RolloutCorrectionConfig,
+    SapoLossConfig,
+    TruncatedConfig,
+    TruncatedKeep,
+    TruncatedMask,
+    TruncatedPenalty,
+    UpdateConfig,
+)
+
+__all__ = [
+    "AdaptiveEntropyConfig",
+    "BandBetaConfig",
+    "BetaConfig",
+    "CheckpointConfig",
+    "CispoLossConfig",
+    "ClippedLossConfig",
+    "CustomLossConfig",
+    "DualBetaConfig",
+    "EntropyConfig",
+    "EvalConfig",
+    "FilePrompts",
+    "FixedBetaConfig",
+    "FixedEntropyConfig",
+    "FullTrainable",
+    "GradientsConfig",
+    "HubPrompts",
+    "KlConfig",
+    "LearningRateRule",
+    "LoraTrainable",
+    "LossConfig",
+    "ObjectiveConfig",
+    "ObservedKl",
+    "OptimConfig",
+    "PromptsConfig",
+    "ProportionalBetaConfig",
+    "RolloutConfig",
+    "RolloutCorrectionConfig",
+    "RunConfig",
+    "SapoLossConfig",
+    "ScoringConfig",
+    "StrictModel",
+    "TaskPrompts",
+    "TrainableConfig",
+    "TruncatedConfig",
+    "TruncatedKeep",
+    "TruncatedMask",
+    "TruncatedPenalty",
+    "UpdateConfig",
+    "WarmupConfig",
+]

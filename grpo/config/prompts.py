@@ -1,0 +1,55 @@
+"""Where prompts come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from grpo.config.base import StrictModel
+
+
+class TaskPrompts(StrictModel):
+    """Generated scenes with known answers, unlimited; held-out scenes share no name, attribute or template."""
+
+    type: Literal["tasks"]
+    names: tuple[str, ...] = Field(min_length=1)
+    """Tasks in turn: prompt n comes from task n modulo their number."""
+    per_step: int = Field(default=8, ge=1)
+    """P: prompts per optimizer step."""
+
+
+class FilePrompts(StrictModel):
+    """A JSON-lines or JSON file with one prompt a row."""
+
+    type: Literal["file"]
+    path: Path
+    """Relative to the recipe's folder."""
+    held_out_path: Path | None = None
+    """Prompts for evaluation, same columns; needed where eval.before or eval.after is on."""
+    prompt_column: str = "prompt"
+    """Text of the user's message, or a list of {"role", "content"} messages."""
+    reference_column: str = "reference"
+    """Right answer; may be absent from the file."""
+    objectives: tuple[str, ...] | None = None
+    """Objectives that score every row; where None, the row's own column `objectives`, else all of them."""
+    per_step: int = Field(default=8, ge=1)
+
+
+class HubPrompts(StrictModel):
+    """A dataset on the hub, by name, read through `datasets`."""
+
+    type: Literal["hub"]
+    name: str
+    subset: str | None = None
+    split: str = "train"
+    held_out_split: str | None = None
+    """Split for evaluation; needed where eval.before or eval.after is on."""
+    prompt_column: str = "prompt"
+    reference_column: str = "reference"
+    objectives: tuple[str, ...] | None = None
+    per_step: int = Field(default=8, ge=1)
+
+
+PromptsConfig = Annotated[TaskPrompts | FilePrompts | HubPrompts, Field(discriminator="type")]

@@ -1,0 +1,153 @@
+"""A whole recipe, and the parts of it that are not prompts, objectives or the update."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from grpo.config.base import StrictModel
+from grpo.config.objectives import ObjectiveConfig
+from grpo.config.prompts import PromptsConfig
+from grpo.config.update import OptimConfig, UpdateConfig
+
+
+class RolloutConfig(StrictModel):
+    """How completions are sampled. temperature, top_p and top_k go to the engine as its own arguments."""
+
+    group_size: int = Field(default=8, ge=2)
+    """K completions per prompt; advantages are relative to the group, so at least 2."""
+    temperature: float = Field(default=1.0, gt=0)
+    """A greedy policy (0) has no policy gradient: refused."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    """0 keeps all tokens."""
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    """Drops tokens less likely than this share of the likeliest."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    min_new_tokens: int = Field(default=0, ge=0)
+    """No end token among the first so many tokens."""
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """Taken off the logit of each token that the completion already holds, before the temperature."""
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    """As presence_penalty, times the number of occurrences."""
+    end_tokens: tuple[str | int, ...] = ()
+    """Further end tokens, by id or text, besides those of tokenizer, generation config and chat template."""
+    resample_rounds: int = Field(default=0, ge=0)
+    """Dynamic sampling (DAPO): groups whose scores are all equal are replaced by groups of other prompts, at most so
+    many times a step."""
+    max_rows: int = Field(default=64, ge=1)
+    """Rows decoded side by side; more prompts are sampled in turns."""
+
+    @model_validator(mode="after")
+    def _ends_fit(self) -> RolloutConfig:
+        if self.min_new_tokens >= self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens = {self.min_new_tokens} leaves no token for an end within "
+                f"max_new_tokens = {self.max_new_tokens}; set it lower"
+            )
+        return self
+
+
+class ScoringConfig(StrictModel):
+    """When missing verdicts are too many to train on."""
+
+    max_unscored_frac: float = Field(default=0.5, ge=0, le=1)
+    """The run stops where more of an objective's completions than this have no verdict in a step."""
+
+
+class WarmupConfig(StrictModel):
+    """Supervised training before the first step, on the same trainable parameters (TRL's SFTTrainer)."""
+
+    path: Path
+    """JSON-lines or JSON file with a prompt and its completion in each row; relative to the recipe's folder."""
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    steps: int = Field(ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    """Rows per optimizer step."""
+    micro_batch_size: int = Field(default=8, ge=1)
+    """Rows that go through the model together; divides batch_size."""
+    learning_rate: float = Field(gt=0)
+    max_tokens: int = Field(default=1024, ge=2)
+    """Longer rows are cut."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> WarmupConfig:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size = {self.micro_batch_size} does not divide {self.batch_size}")
+        return self
+
+
+class LoraTrainable(StrictModel):
+    """Low-rank adapters; the reference is the same model with them switched off."""
+
+    type: Literal["lora"] = "lora"
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Module names as peft matches them; all-linear leaves the language-model head out."""
+
+
+class FullTrainable(StrictModel):
+    """Every parameter learns, in float32; the reference is a second copy of the model."""
+
+    type: Literal["full"]
+
+
+TrainableConfig = Annotated[LoraTrainable | FullTrainable, Field(discriminator="type")]
+
+
+class EvalConfig(StrictModel):
+    """Greedy answers to held-out prompts, scored by the objectives' eval_rewards."""
+
+    before: bool = True
+    after: bool = True
+    num_prompts: int = Field(default=64, ge=2)
+    """Held-out prompts per objective."""
+
+
+class CheckpointConfig(StrictModel):
+    """When the run is saved. It is also saved at its end and when it is interrupted."""
+
+    every: int = Field(default=10, ge=1)
+    """Steps between checkpoints."""
+    keep: int = Field(default=2, ge=1)
+    """The newest so many stay."""
+
+
+class RunConfig(StrictModel):
+    """A whole recipe."""
+
+    model: str = Field(min_length=1)
+    """A hub name, a folder, or package:<import name> for a model that an installed package carries."""
+    seed: int = Field(default=0, ge=0)
+    steps: int = Field(ge=1)
+    output_dir: Path
+    """The run directory; must not exist yet, or use --resume. Relative to the recipe's folder."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the frozen weights and the matrix products; auto is bfloat16 where the hardware has it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    prompts: PromptsConfig
+    objectives: dict[str, ObjectiveConfig] = Field(min_length=1)
+    rollout: RolloutConfig = RolloutConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    update: UpdateConfig = UpdateConfig()
+    optim: OptimConfig
+    warmup: WarmupConfig | None = None
+    """A supervised stage before the first step; none where None."""
+    trainable: TrainableConfig = LoraTrainable()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    base_dir: Path
+    """Folder of the recipe, against which relative paths are resolved. Set by the loader."""
+
+    @model_validator(mode="after")
+    def _objectives_fit(self) -> RunConfig:
+        if all(objective.weight == 0 for objective in self.objectives.values()):
+            raise ValueError("objectives: all weights are 0, so nothing would be learned; set one above 0")
+        for name in self.objectives:
+            if not name.isidentifier():
+                raise ValueError(f"objectives: {name!r} is no plain name; use letters, digits and underscores")
+        return self
