@@ -34,6 +34,13 @@ class Advantages:
     scale_factor: float
     """What the combined advantage was multiplied with, 1 / (std + eps); 1.0 where nothing was rescaled."""
 
+    def shares(self, weights: Tensor) -> Tensor:
+        """[P, K, O] each objective's share of `combined`, given the weights [O] it was made with (FORMULAS 7).
+
+        They add up to `combined`.
+        """
+        return self.per_objective * weights.to(self.per_objective) * self.scale_factor
+
 
 def group_advantages(
     scores: Tensor,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from grpo.advantages import Advantages, Combine, Scale, group_advantages
-from grpo.types import ScoredGroup
+from grpo.config import TruncatedConfig, TruncatedKeep, TruncatedMask, TruncatedPenalty
+from grpo.types import Completion, ScoredGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,8 @@ class MicroBatch:
     """[B, T] float32, as the engine reported; 0 where masked out."""
     advantages: Tensor
     """[B] float32."""
+    shares: Tensor
+    """[B, O] float32, each objective's share of the advantage; they add up to it."""
     is_scored: Tensor
     """[B, O] bool: the objective gave the row a verdict."""
 
@@ -53,9 +56,11 @@ class TrainBatch:
     weights: Tensor
     """[O] weight of each objective."""
     num_tokens: int
-    """Loss tokens of the whole window, the denominator of its loss."""
+    """Loss tokens of these micro-batches; the denominators add up over the ranks."""
+    num_rows: int
+    """Rows that have loss tokens."""
     advantages: Advantages
-    """Of all completions, rows without a verdict included."""
+    """Of all completions of all ranks, rows without a verdict included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +70,16 @@ class _Row:
     completion_ids: tuple[int, ...]
     sampler_logprobs: tuple[float, ...]
     advantage: float
+    shares: list[float]
     is_scored: list[bool]
 
 
 def score_tensor(groups: Sequence[ScoredGroup], objectives: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Verdicts as tensors: scores [P, K, O] with NaN where there is none, and which objectives apply [P, O]."""
-    size = (len(groups), len(groups[0].verdicts), len(objectives))
+    """Verdicts as tensors: scores [P, K, O] with NaN where there is none, and which objectives apply [P, O].
+
+    K is the largest group's; smaller groups are filled up with NaN, which counts nowhere.
+    """
+    size = (len(groups), max(len(group.verdicts) for group in groups), len(objectives))
     scores = torch.full(size, torch.nan)
     applies = torch.zeros(size[0], size[2], dtype=torch.bool)
     for p, group in enumerate(groups):
@@ -82,48 +91,105 @@ def score_tensor(groups: Sequence[ScoredGroup], objectives: Sequence[str]) -> tu
     return scores, applies
 
 
+def teaches_something(group: ScoredGroup) -> bool:
+    """Whether the group's scores differ for any of its objectives; where they do not, every advantage is 0."""
+    scores, applies = score_tensor([group], group.rollout.prompt.objectives)
+    advantages = group_advantages(scores, torch.ones(scores.shape[-1]), scale="none", applies=applies)
+    return bool((advantages.per_objective != 0).any())
+
+
+def overlong_penalty(num_tokens: int, *, max_new_tokens: int, buffer_tokens: int) -> float:
+    """0 up to max_new_tokens - buffer_tokens, then linearly down to -1 at max_new_tokens (DAPO, arXiv:2503.14476)."""
+    return -max(0.0, min(1.0, (num_tokens - (max_new_tokens - buffer_tokens)) / buffer_tokens))
+
+
 def build_batch(
     groups: Sequence[ScoredGroup],
-    weights: dict[str, float],
+    weights: Mapping[str, float],
     *,
     combine: Combine,
     scale: Scale,
     micro_batch_tokens: int,
+    max_new_tokens: int,
+    truncated: TruncatedConfig | None = None,
+    drops_flat_groups: bool = False,
+    own: Sequence[int] | None = None,
 ) -> TrainBatch:
     """Advantages, then rows into micro-batches under a token budget, a group's rows together where they fit.
 
     A row without any verdict leaves the update: no policy term, no KL term, not in the denominator.
 
     Args:
-        groups: P groups of K scored completions each.
+        groups: P groups of scored completions, of all ranks.
         weights: objective -> weight, in the recipe's order.
         micro_batch_tokens: prompts and completions of a micro-batch, padding included, stay within this; a row that
             alone is longer goes alone.
+        max_new_tokens: at which completions were cut.
+        truncated: what becomes of those; they are kept where None.
+        drops_flat_groups: groups that teach no objective anything leave the update, KL term included.
+        own: places in `groups` whose rows this rank computes; all where None.
     """
-    objectives = tuple(weights)
+    objectives, truncated = tuple(weights), truncated or TruncatedKeep()
     scores, applies = score_tensor(groups, objectives)
+    if isinstance(truncated, TruncatedPenalty):
+        scores = scores + truncated.weight * _overlong_penalties(groups, scores, truncated, max_new_tokens)
+    elif isinstance(truncated, TruncatedMask) and not truncated.in_baseline:
+        scores = scores.masked_fill(_is_truncated(groups, scores)[..., None], torch.nan)
     objective_weights = torch.tensor(list(weights.values()))
     advantages = group_advantages(scores, objective_weights, combine=combine, scale=scale, applies=applies)
+    shares = advantages.shares(objective_weights)  # [P, K, O]
+    teaches = (shares != 0).any(dim=-1).any(dim=-1)  # [P]; every share: opposite ones may cancel in the sum
     rows = [
         _Row(
             group=p,
-            prompt_ids=group.rollout.prompt_token_ids,
+            prompt_ids=groups[p].rollout.prompt_token_ids,
             completion_ids=completion.token_ids,
             sampler_logprobs=completion.sampler_logprobs,
             advantage=float(advantages.combined[p, k]),
+            shares=shares[p, k].tolist(),
             is_scored=advantages.valid[p, k].tolist(),
         )
-        for p, group in enumerate(groups)
-        for k, completion in enumerate(group.rollout.completions)
-        if bool(advantages.valid[p, k].any())
+        for p in (range(len(groups)) if own is None else own)
+        if bool(teaches[p]) or not drops_flat_groups
+        for k, completion in enumerate(groups[p].rollout.completions)
+        if bool(advantages.valid[p, k].any()) and _is_trained_on(completion, truncated)
     ]
     return TrainBatch(
         micro_batches=tuple(_collate(part) for part in _split(rows, micro_batch_tokens)),
         objectives=objectives,
         weights=objective_weights,
         num_tokens=sum(len(row.completion_ids) for row in rows),
+        num_rows=len(rows),
         advantages=advantages,
     )
+
+
+def _is_trained_on(completion: Completion, truncated: TruncatedConfig) -> bool:
+    """Not an empty completion, which has no loss tokens, nor one that is masked because it was cut."""
+    is_cut = completion.finish_reason == "length"
+    return bool(completion.token_ids) and not (is_cut and isinstance(truncated, TruncatedMask))
+
+
+def _is_truncated(groups: Sequence[ScoredGroup], scores: Tensor) -> Tensor:
+    """[P, K] bool: cut at max_new_tokens."""
+    is_cut = torch.zeros(scores.shape[:2], dtype=torch.bool)
+    for p, group in enumerate(groups):
+        for k, completion in enumerate(group.rollout.completions):
+            is_cut[p, k] = completion.finish_reason == "length"
+    return is_cut
+
+
+def _overlong_penalties(
+    groups: Sequence[ScoredGroup], scores: Tensor, truncated: TruncatedPenalty, max_new_tokens: int
+) -> Tensor:
+    """[P, K, 1] what is added to every score of a completion."""
+    penalties = torch.zeros(*scores.shape[:2], 1)
+    for p, group in enumerate(groups):
+        for k, completion in enumerate(group.rollout.completions):
+            penalties[p, k] = overlong_penalty(
+                len(completion.token_ids), max_new_tokens=max_new_tokens, buffer_tokens=truncated.buffer_tokens
+            )
+    return penalties
 
 
 def _split(rows: Sequence[_Row], budget: int) -> list[list[_Row]]:
@@ -159,6 +225,7 @@ def _collate(rows: Sequence[_Row]) -> MicroBatch:
         completion_mask=_padded([[1] * len(tokens) for tokens in completions], 0).bool(),
         sampler_logprobs=_padded([row.sampler_logprobs for row in rows], 0.0),
         advantages=torch.tensor([row.advantage for row in rows]),
+        shares=torch.tensor([row.shares for row in rows]),
         is_scored=torch.tensor([row.is_scored for row in rows]),
     )
 

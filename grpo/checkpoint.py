@@ -12,18 +12,17 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grpo.errors import CheckpointError
+from grpo.runtime.optim import load_named_state, named_state
 from grpo.update.step import Updater
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -50,12 +49,15 @@ def save_checkpoint(run_dir: Path, updater: Updater, *, step: int, keep: int) ->
     temporary.mkdir()
     try:
         updater.policy.save(temporary / "policy")
-        tensors, numbers = _optimizer_state(updater.optimizer)
+        remembered = named_state(updater.optimizer)
+        tensors = {name: value for name, value in remembered.items() if isinstance(value, Tensor)}
         save_file(tensors, temporary / "optimizer.safetensors")
         state = {
             "step": step,
             "betas": {name: controller.state_dict() for name, controller in updater.controllers.items()},
-            "optimizer": numbers,
+            "entropy_bonus": updater.entropy_bonus.state_dict() if updater.entropy_bonus else None,
+            "non_finite_in_a_row": updater.non_finite_in_a_row,
+            "optimizer": {name: value for name, value in remembered.items() if name not in tensors},
         }
         (temporary / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False))
         _write_manifest(temporary)
@@ -110,35 +112,20 @@ def load_checkpoint(checkpoint: Checkpoint, updater: Updater) -> int:
             f"{sorted(updater.controllers)}. Resume with the recipe that the run was started with."
         )
     updater.policy.load(checkpoint.folder / "policy")
-    _load_optimizer_state(updater.optimizer, load_file(checkpoint.folder / "optimizer.safetensors"), state["optimizer"])
+    try:
+        tensors = load_file(checkpoint.folder / "optimizer.safetensors")
+        load_named_state(updater.optimizer, {**tensors, **state["optimizer"]})
+    except KeyError as exc:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds optimizer state for {exc}, a parameter that this recipe does not train. Resume "
+            "with the recipe that the run was started with."
+        ) from exc
     for name, controller in updater.controllers.items():
         controller.load_state_dict(state["betas"][name])
+    if updater.entropy_bonus is not None:
+        updater.entropy_bonus.load_state_dict(state["entropy_bonus"])
+    updater.non_finite_in_a_row = int(state["non_finite_in_a_row"])
     return int(state["step"])
-
-
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Tensors by "<parameter index>/<name>", and plain numbers likewise."""
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, float] = {}
-    for index, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}/{name}"] = value.detach().cpu().contiguous()
-            else:
-                numbers[f"{index}/{name}"] = value
-    return tensors, numbers
-
-
-def _load_optimizer_state(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]
-) -> None:
-    whole = optimizer.state_dict()
-    state: dict[int, dict[str, Tensor | float]] = {}
-    for key, value in {**tensors, **numbers}.items():
-        index, name = key.split("/", 1)
-        state.setdefault(int(index), {})[name] = value
-    whole["state"] = state
-    optimizer.load_state_dict(whole)
 
 
 def _write_manifest(folder: Path) -> None:

@@ -48,8 +48,11 @@ def train(
     betas = {name: objective.beta for name, objective in config.objectives.items()}
     bands = {name: (beta.low, beta.high) if beta.type == "band" else None for name, beta in betas.items()}
     observed = {name: observed_kl_name(name, beta.observed) for name, beta in betas.items()}
+    is_main = os.environ.get("RANK", "0") == "0"  # of several processes one talks to the person and writes the report
     with _told_when_stopped(config.output_dir), make_display(bands, observed) as display:
         result = Trainer(config, observer=display).run(resume=resume)
+        if not is_main:
+            raise typer.Exit(EXIT_INTERRUPTED if result.was_interrupted else 0)
         paths = [("policy", str(result.checkpoint.folder / "policy")), ("checkpoint", str(result.checkpoint.folder))]
         display.finish(dict(result.evaluation) or None, result.evaluation.get("examples"), paths)
         if result.was_interrupted:

@@ -12,6 +12,7 @@ from typing import Any
 from grpo.metrics import bootstrap_difference, bootstrap_mean
 from grpo.prompts import EncodedPrompt
 from grpo.rollout.base import RolloutEngine, SamplingParams
+from grpo.runtime.distributed import Ranks
 from grpo.scoring import Scorer
 from grpo.types import Prompt, RolloutGroup, ScoredGroup
 
@@ -32,13 +33,26 @@ class Answer:
 
 
 def evaluate(
-    engine: RolloutEngine, scorer: Scorer, prompts: Sequence[EncodedPrompt], *, params: SamplingParams
+    engine: RolloutEngine,
+    scorer: Scorer,
+    prompts: Sequence[EncodedPrompt],
+    *,
+    params: SamplingParams,
+    ranks: Ranks | None = None,
 ) -> list[Answer]:
-    """One greedy answer per prompt, without penalties or filters, scored; in the prompts' order."""
-    greedy = replace(params, temperature=0.0, top_p=1.0, top_k=0, presence_penalty=0.0, frequency_penalty=0.0)
-    groups = list(_in_order(engine, prompts, greedy))
+    """One greedy answer per prompt, without penalties or filters, scored; in the prompts' order.
+
+    Args:
+        ranks: answer a share each; every rank gets all answers. This process alone where None.
+    """
+    greedy = replace(
+        params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0
+    )
+    groups = list(_in_order(engine, prompts if ranks is None else ranks.own(prompts), greedy))
     scored = [future.result() for future in [scorer.submit(group) for group in groups]]
-    return [_answer(group) for group in scored]
+    own = [_answer(group) for group in scored]
+    answers = {answer.prompt.id: answer for answer in (own if ranks is None else ranks.gather(own))}
+    return [answers[prompt.prompt.id] for prompt in prompts]
 
 
 def _in_order(engine: RolloutEngine, prompts: Sequence[EncodedPrompt], params: SamplingParams) -> list[RolloutGroup]:

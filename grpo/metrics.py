@@ -27,6 +27,12 @@ CLIP_LOW_FRAC = "clip/low_frac"
 CLIP_HIGH_FRAC = "clip/high_frac"
 ZERO_VARIANCE_FRAC = "groups/zero_variance_frac"
 SAMPLER_RATIO_P99 = "sampler/ratio_p99"
+SAMPLER_RATIO_MAX = "sampler/ratio_max"
+CORRECTION_WEIGHT_MEAN = "sampler/correction_mean"
+CORRECTION_MASKED_FRAC = "sampler/correction_masked_frac"
+ENTROPY_COEFFICIENT = "entropy/coefficient"
+SKIPPED = "update/skipped"
+RESAMPLED_GROUPS = "groups/resampled"
 PROMPT_TOKENS = "tokens/prompt"
 COMPLETION_TOKENS = "tokens/completion"
 PEAK_MEMORY_BYTES = "memory/peak_bytes"
@@ -67,6 +73,14 @@ def observed_kl_name(objective: str, observe: str | None) -> str:
 
 def beta_name(objective: str) -> str:
     return f"beta/{objective}"
+
+
+def gradient_cosine_name(first: str, second: str) -> str:
+    return f"gradients/cosine/{first}/{second}"
+
+
+def gradient_norm_name(objective: str) -> str:
+    return f"gradients/norm/{objective}"
 
 
 def length_mean_name(objective: str | None = None) -> str:

@@ -11,19 +11,31 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
-from grpo.config import BandBetaConfig, BetaConfig, RunConfig
+from grpo.config import (
+    BandBetaConfig,
+    BetaConfig,
+    CustomLossConfig,
+    DualBetaConfig,
+    EntropyConfig,
+    FixedEntropyConfig,
+    ProportionalBetaConfig,
+    RunConfig,
+)
 from grpo.errors import ConfigError
 from grpo.objectives import build_objectives, check_objectives_of_prompts
 from grpo.prompts import EncodedPrompt, PromptSource, encode_prompt, open_prompts
 from grpo.rollout.base import RolloutEngine, SamplingParams
 from grpo.rollout.transformers_engine import TransformersEngine
 from grpo.runtime.devices import choose_device, choose_dtype
+from grpo.runtime.distributed import Ranks
 from grpo.runtime.models import check_model, end_token_ids, load_model, load_tokenizer
 from grpo.runtime.policy import Policy
 from grpo.runtime.seeding import derived_seed
 from grpo.scoring import Scorer
 from grpo.types import Prompt
-from grpo.update.beta import BandBeta, BetaController, FixedBeta
+from grpo.update.beta import BandBeta, BetaController, DualBeta, FixedBeta, ProportionalBeta
+from grpo.update.entropy import AdaptiveEntropyBonus, EntropyBonus, FixedEntropyBonus
+from grpo.update.losses import load_custom_loss
 from grpo.update.step import Updater
 from rewards.base import RewardContext
 
@@ -39,6 +51,8 @@ where its judge cannot be reached."""
 class RunParts:
     """All that the trainer puts together."""
 
+    ranks: Ranks
+    """The processes of the run."""
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptSource
     max_prompt_tokens: int | None
@@ -63,24 +77,30 @@ class RunParts:
         self.engine.close()
 
 
-def open_run(config: RunConfig, *, purpose: Purpose = "train", audit_path: Path | None = None) -> RunParts:
+def open_run(
+    config: RunConfig, *, purpose: Purpose = "train", audit_path: Path | None = None, ranks: Ranks | None = None
+) -> RunParts:
     """Check a recipe and build its parts. Writes nothing but the cache of a packaged model.
 
     Args:
         purpose: what the parts are for; only what that needs is checked.
         audit_path: where judges write what they were asked and answered; nowhere where None.
+        ranks: the processes of the run; found from the environment where None.
     Raises:
         InputError: whatever is wrong with the recipe, the model, the prompts or a reward.
     """
     prompts = open_prompts(config.prompts, seed=config.seed, objectives=list(config.objectives))
     check_objectives_of_prompts(prompts.objective_sets(), config.objectives, source=_prompts_name(config))
     _check_held_out(config, prompts, purpose)
-    device = choose_device(config.device)
+    if purpose == "train":
+        _check_update(config)
+    ranks = ranks or Ranks(use_cpu=config.device == "cpu")
+    device = choose_device(config.device, index=ranks.device_index)
     check_model(config.model, config.base_dir)
     context = RewardContext(base_dir=config.base_dir, audit_path=audit_path)
     scorer, eval_scorer = _open_scorers(config, context, purpose)
     try:
-        return _with_model(config, device, prompts, scorer, eval_scorer, purpose)
+        return _with_model(config, device, ranks, prompts, scorer, eval_scorer, purpose)
     except BaseException:
         scorer.close()
         eval_scorer.close()
@@ -89,16 +109,36 @@ def open_run(config: RunConfig, *, purpose: Purpose = "train", audit_path: Path 
 
 def build_controller(config: BetaConfig) -> BetaController:
     """The controller that a recipe's `beta` describes."""
-    if isinstance(config, BandBetaConfig):
-        return BandBeta(
-            initial=config.initial,
-            low=config.low,
-            high=config.high,
-            rate=config.rate,
-            minimum=config.minimum,
-            maximum=config.maximum,
-        )
-    return FixedBeta(value=config.value)
+    arguments = config.model_dump(exclude={"type", "observe"})
+    match config:
+        case BandBetaConfig():
+            return BandBeta(**arguments)
+        case ProportionalBetaConfig():
+            return ProportionalBeta(**arguments)
+        case DualBetaConfig():
+            return DualBeta(**arguments)
+        case _:
+            return FixedBeta(**arguments)
+
+
+def build_entropy_bonus(config: EntropyConfig | None) -> EntropyBonus | None:
+    """The bonus that a recipe's `update.entropy` describes."""
+    if config is None:
+        return None
+    arguments = config.model_dump(exclude={"type"})
+    return (
+        FixedEntropyBonus(**arguments) if isinstance(config, FixedEntropyConfig) else AdaptiveEntropyBonus(**arguments)
+    )
+
+
+def _check_update(config: RunConfig) -> None:
+    if isinstance(config.update.loss, CustomLossConfig):
+        try:
+            load_custom_loss(config.update.loss.path)
+        except ValueError as exc:
+            raise ConfigError(f"update.loss.path: {exc}") from exc
+    if config.warmup is not None and not config.warmup.path.is_file():
+        raise ConfigError(f"warmup.path {config.warmup.path} is no file. Name a JSON-lines file of examples.")
 
 
 def _prompts_name(config: RunConfig) -> str:
@@ -146,6 +186,7 @@ def _open_scorers(config: RunConfig, context: RewardContext, purpose: Purpose) -
 def _with_model(
     config: RunConfig,
     device: torch.device,
+    ranks: Ranks,
     prompts: PromptSource,
     scorer: Scorer,
     eval_scorer: Scorer,
@@ -169,8 +210,11 @@ def _with_model(
         params=params,
         update=config.update,
         optim=config.optim,
+        entropy_bonus=build_entropy_bonus(config.update.entropy),
+        ranks=ranks,
     )
     return RunParts(
+        ranks=ranks,
         tokenizer=tokenizer,
         prompts=prompts,
         max_prompt_tokens=max_prompt_tokens,
@@ -197,6 +241,7 @@ def sampling_params(config: RunConfig, ends: tuple[int, ...]) -> SamplingParams:
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
+        min_p=rollout.min_p,
         max_new_tokens=rollout.max_new_tokens,
         min_new_tokens=rollout.min_new_tokens,
         presence_penalty=rollout.presence_penalty,

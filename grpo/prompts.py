@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config import FilePrompts, HubPrompts, PromptsConfig, TaskPrompts
 from grpo.errors import DatasetError
-from grpo.tasks.base import Task
+from grpo.tasks.base import Split, Task, drawn
 from grpo.tasks.registry import get_task
 from grpo.types import Message, Prompt
 
@@ -40,6 +40,11 @@ class PromptSource(Protocol):
 
     def batch(self, step: int) -> list[Prompt]:
         """The P prompts of a step (counted from 1); the same step always gives the same prompts."""
+        ...
+
+    def spares(self, step: int, round_number: int, places: Sequence[int]) -> dict[int, Prompt]:
+        """Other prompts for some places of a step's batch, scored for the same objectives; for fewer places where
+        there are no more. The same arguments always give the same prompts, and no two rounds of a step share one."""
         ...
 
     def held_out(self, num_per_objective: int) -> list[Prompt]:
@@ -66,9 +71,9 @@ def open_prompts(config: PromptsConfig, *, seed: int, objectives: Sequence[str])
         return TaskSource([get_task(name) for name in config.names], per_step=config.per_step, seed=seed)
     wanted = config.objectives or tuple(objectives)
     if isinstance(config, FilePrompts):
-        prompts = _to_prompts(_read_file(config.path), config, wanted, source=str(config.path))
+        prompts = _to_prompts(read_rows(config.path), config, wanted, source=str(config.path))
         held_out = (
-            _to_prompts(_read_file(config.held_out_path), config, wanted, source=str(config.held_out_path))
+            _to_prompts(read_rows(config.held_out_path), config, wanted, source=str(config.held_out_path))
             if config.held_out_path
             else []
         )
@@ -99,6 +104,12 @@ class TaskSource:
         numbers = range((step - 1) * self._per_step, step * self._per_step)
         return [self._prompt(n, "train") for n in numbers]
 
+    def spares(self, step: int, round_number: int, places: Sequence[int]) -> dict[int, Prompt]:
+        """Scenes of the same tasks from a stream of their own."""
+        first = (step - 1) * self._per_step
+        stream = drawn(f"{self._seed}/spares/{round_number}").getrandbits(62)
+        return {place: self._prompt(first + place, "train", stream) for place in places}
+
     def held_out(self, num_per_objective: int) -> list[Prompt]:
         """The first scenes of the held-out split; the same for every seed, so that runs can be compared."""
         return [task.prompt("held_out", 0, n) for task in self._tasks for n in range(num_per_objective)]
@@ -112,9 +123,9 @@ class TaskSource:
         """One objective per task."""
         return [(task.objective,) for task in self._tasks]
 
-    def _prompt(self, number: int, split: str) -> Prompt:
+    def _prompt(self, number: int, split: Split, seed: int | None = None) -> Prompt:
         task = self._tasks[number % len(self._tasks)]
-        return task.prompt("train" if split == "train" else "held_out", self._seed, number // len(self._tasks))
+        return task.prompt(split, self._seed if seed is None else seed, number // len(self._tasks))
 
 
 class ListSource:
@@ -131,6 +142,20 @@ class ListSource:
         numbers = range((step - 1) * self._per_step, step * self._per_step)
         orders = {n // len(self._prompts): self._order(n // len(self._prompts)) for n in numbers}
         return [self._prompts[orders[n // len(self._prompts)][n % len(self._prompts)]] for n in numbers]
+
+    def spares(self, step: int, round_number: int, places: Sequence[int]) -> dict[int, Prompt]:
+        """Prompts that the step does not hold, drawn from all of the dataset."""
+        batch = self.batch(step)
+        in_use = {prompt.id for prompt in batch}
+        unused = [prompt for prompt in self._prompts if prompt.id not in in_use]
+        random.Random(f"{self._seed}/spares/{step}").shuffle(unused)  # one order for all rounds: each takes a stretch
+        chosen: dict[int, Prompt] = {}
+        for place in places:
+            fitting = [prompt for prompt in unused if prompt.objectives == batch[place].objectives]
+            at = (round_number - 1) * len(batch) + place
+            if at < len(fitting):
+                chosen[place] = fitting[at]
+        return chosen
 
     def held_out(self, num_per_objective: int) -> list[Prompt]:
         """The first rows of the held-out file."""
@@ -196,7 +221,7 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, max_tok
     return EncodedPrompt(prompt=prompt, token_ids=token_ids)
 
 
-def _read_file(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DatasetError(f"no dataset at {path}. Relative paths are resolved against the recipe's folder.")
     try:
@@ -266,7 +291,7 @@ def _to_prompt(
     used = {config.prompt_column, config.reference_column, "id", "objectives"}
     return Prompt(
         id=str(number if row.get("id") is None else row["id"]),
-        messages=_messages(row[config.prompt_column], place=place),
+        messages=to_messages(row[config.prompt_column], place=place),
         objectives=objectives if config.objectives else _objectives(row.get("objectives"), objectives, place=place),
         reference=None if reference is None else str(reference),
         meta={key: value for key, value in row.items() if key not in used},
@@ -280,7 +305,7 @@ def _objectives(value: Any, default: tuple[str, ...], *, place: str) -> tuple[st
     raise DatasetError(f"{place}: objectives is {value!r}; expected a name or a list of names")
 
 
-def _messages(value: Any, *, place: str) -> tuple[Message, ...]:
+def to_messages(value: Any, *, place: str) -> tuple[Message, ...]:
     if isinstance(value, str) and value.strip():
         return (Message(role="user", content=value),)
     if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):

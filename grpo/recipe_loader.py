@@ -316,4 +316,6 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         changes["prompts"] = config.prompts.model_copy(
             update={"path": absolute(config.prompts.path), "held_out_path": held_out and absolute(held_out)}
         )
+    if config.warmup is not None:
+        changes["warmup"] = config.warmup.model_copy(update={"path": absolute(config.warmup.path)})
     return config.model_copy(update=changes)

@@ -8,8 +8,10 @@ from typing import Any
 
 from grpo import metrics as names
 from grpo.batching import TrainBatch
+from grpo.collection import Collected
+from grpo.errors import NonFiniteUpdate
 from grpo.types import Completion, ScoredGroup
-from grpo.update.step import UpdateStats
+from grpo.update.step import NonFiniteStep, UpdateStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,49 +24,89 @@ class StepReport:
     """The line of metrics.jsonl."""
     completions: Sequence[Mapping[str, Any]]
     """The lines of completions.jsonl."""
+    warnings: Sequence[str]
+    """What a person should know at once."""
+    skipped: NonFiniteStep | None
+    """Why no optimizer step was taken; None where one was."""
 
 
 def report_step(
     step: int,
-    groups: Sequence[ScoredGroup],
+    collected: Collected,
     batch: TrainBatch,
     stats: UpdateStats,
     *,
     seconds: Mapping[str, float],
     peak_bytes: int,
 ) -> StepReport:
-    """Collect a step's figures. `seconds`: stage -> time."""
+    """Collect a step's figures, over all ranks. `seconds`: stage -> time on this one."""
+    groups = collected.groups
     row: dict[str, float | int | None] = {names.STEP: step, **stats.means}
     row[names.GRAD_NORM] = stats.grad_norm
+    row[names.SKIPPED] = int(stats.skipped is not None)
     row["learning_rate"] = stats.learning_rate
-    row[names.SAMPLER_RATIO_P99] = stats.ratio_p99
+    row[names.SAMPLER_RATIO_P99] = stats.sampler_ratio_p99
+    row[names.SAMPLER_RATIO_MAX] = stats.sampler_ratio_max
     row["sampler/kept_set_miss_frac"] = stats.num_forced / max(batch.num_tokens, 1)
     row["advantages/scale_factor"] = batch.advantages.scale_factor
+    if stats.entropy_coefficient is not None:
+        row[names.ENTROPY_COEFFICIENT] = stats.entropy_coefficient
     row.update({names.kl_max_name(name): value for name, value in stats.kl_max.items()})
     row.update({names.beta_name(name): value for name, value in stats.betas.items()})
+    row.update({names.gradient_norm_name(name): value for name, value in stats.gradient_norms.items()})
+    row.update({names.gradient_cosine_name(*pair): value for pair, value in stats.cosines.items()})
     row.update(_reward_figures(groups, batch))
     row.update(_completion_figures(groups, batch.objectives))
-    row[names.PROMPT_TOKENS] = sum(len(group.rollout.prompt_token_ids) for group in groups)
-    row[names.COMPLETION_TOKENS] = sum(len(c.token_ids) for group in groups for c in group.rollout.completions)
+    row[names.RESAMPLED_GROUPS] = len(collected.discarded)
+    sampled = [*groups, *collected.discarded]
+    row[names.PROMPT_TOKENS] = sum(len(group.rollout.prompt_token_ids) for group in sampled)
+    row[names.COMPLETION_TOKENS] = sum(len(c.token_ids) for group in sampled for c in group.rollout.completions)
     row.update({names.time_name(stage): value for stage, value in seconds.items()})
     row[names.PEAK_MEMORY_BYTES] = peak_bytes
-    return StepReport(step=step, row=row, completions=list(_completion_rows(step, groups, batch)))
+    return StepReport(
+        step=step,
+        row=row,
+        completions=[
+            *_completion_rows(step, groups, advantages=batch.advantages.combined.tolist()),
+            *_completion_rows(step, collected.discarded, advantages=None),
+        ],
+        warnings=_warnings_of(row, stats),
+        skipped=stats.skipped,
+    )
 
 
 MAX_SAMPLER_RATIO = 2.0
 """A 99th percentile above this is no rounding any more: bfloat16 alone stays near 1.3."""
 
 
-def warnings_of(row: Mapping[str, float | int | None]) -> list[str]:
-    """What in a step's figures a person should know at once."""
+def _warnings_of(row: Mapping[str, float | int | None], stats: UpdateStats) -> list[str]:
     found: list[str] = []
-    ratio = row.get(names.SAMPLER_RATIO_P99)
-    if ratio is not None and ratio > MAX_SAMPLER_RATIO:
+    if stats.sampler_ratio_p99 > MAX_SAMPLER_RATIO:
         found.append(
             f"step {row[names.STEP]}: one token in a hundred has probabilities in engine and trainer that differ by a "
-            f"factor of {ratio:.1f} or more; compare them with dtype=float32 before you trust this run"
+            f"factor of {stats.sampler_ratio_p99:.1f} or more; compare them with dtype=float32 before you trust this "
+            "run, or set update.correction"
+        )
+    if stats.skipped is not None:
+        found.append(
+            f"step {row[names.STEP]} was skipped, {stats.skipped.in_a_row} in a row: {stats.skipped.cause}. Its batch "
+            "lies in non_finite/ in the run directory"
         )
     return found
+
+
+def check_can_go_on(report: StepReport, *, max_in_a_row: int) -> None:
+    """Stop rather than skip steps without end.
+
+    Raises:
+        NonFiniteUpdate: so many steps in a row were skipped; names the first module whose numbers were not finite.
+    """
+    if report.skipped is not None and report.skipped.in_a_row >= max_in_a_row:
+        raise NonFiniteUpdate(
+            f"step {report.step}: {report.skipped.in_a_row} steps in a row without a finite gradient "
+            f"(update.max_non_finite_steps = {max_in_a_row}). Last cause: {report.skipped.cause}. The parameters are "
+            "those of the last good step; the batches lie in non_finite/ in the run directory."
+        )
 
 
 def _reward_figures(groups: Sequence[ScoredGroup], batch: TrainBatch) -> dict[str, float]:
@@ -104,7 +146,10 @@ def _mean_length(completions: Sequence[Completion]) -> float:
     return sum(len(completion.token_ids) for completion in completions) / len(completions)
 
 
-def _completion_rows(step: int, groups: Sequence[ScoredGroup], batch: TrainBatch) -> list[dict[str, Any]]:
+def _completion_rows(
+    step: int, groups: Sequence[ScoredGroup], *, advantages: Sequence[Sequence[float]] | None
+) -> list[dict[str, Any]]:
+    """Args: advantages: [P, K]; None for groups that were sampled and scored, but not trained on."""
     return [
         {
             "step": step,
@@ -120,7 +165,7 @@ def _completion_rows(step: int, groups: Sequence[ScoredGroup], batch: TrainBatch
                 name: {"value": verdict.value, "parts": dict(verdict.parts), "reason": verdict.reason}
                 for name, verdict in verdicts.items()
             },
-            "advantage": float(batch.advantages.combined[p, index]),
+            "advantage": None if advantages is None else advantages[p][index],
         }
         for p, group in enumerate(groups)
         for index, (completion, verdicts) in enumerate(zip(group.rollout.completions, group.verdicts, strict=True))

@@ -5,26 +5,30 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+from grpo.batch_dump import dump_batch
 from grpo.batching import build_batch
 from grpo.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from grpo.config import RunConfig
+from grpo.collection import collect
+from grpo.config import RunConfig, WarmupConfig
 from grpo.errors import CheckpointError, ConfigError, RunStopped, TooFewVerdicts
 from grpo.evaluate import Answer, compare, evaluate, examples, summarise
 from grpo.preflight import RunParts, open_run
 from grpo.run_directory import RunDirectory
 from grpo.runtime.devices import peak_memory_bytes
+from grpo.runtime.distributed import Ranks
 from grpo.runtime.interruptions import interruptions
 from grpo.runtime.seeding import derived_seed
-from grpo.scoring import PendingScores, check_enough_verdicts
-from grpo.step_report import StepReport, report_step, warnings_of
+from grpo.scoring import check_enough_verdicts
+from grpo.step_report import StepReport, check_can_go_on, report_step
+from grpo.stopwatch import Stopwatch
 
 
 class Observer(Protocol):
@@ -69,7 +73,8 @@ class Trainer:
     def __init__(self, config: RunConfig, *, observer: Observer | None = None) -> None:
         """Args: observer: is told of every step; nobody where None."""
         self.config = config
-        self._observer = observer
+        self._ranks = Ranks(use_cpu=config.device == "cpu")
+        self._observer = observer if self._ranks.is_main else None
         self._directory = RunDirectory(config.output_dir)
         self._parts: RunParts | None = None
 
@@ -82,57 +87,66 @@ class Trainer:
     def run(self, *, resume: bool = False) -> RunResult:
         """Train for config.steps steps, or on from the last checkpoint.
 
+        Under `accelerate launch` every process calls it; the main one writes the run directory.
+
         Raises:
             InputError: the recipe or what it names cannot be used; nothing was written.
             RunStopped: the run could not go on; every step that it finished is in its last checkpoint.
         """
-        config, directory = self.config, self._directory
+        config, directory, ranks = self.config, self._directory, self._ranks
         so_far = directory.check_resumable(config) if resume else None
         with ExitStack() as at_end:
             at_end.callback(directory.unlock)
             at_end.callback(setattr, self, "_parts", None)
             if so_far is not None:
-                directory.lock()
-                checkpoint = self._checkpoint_to_resume(so_far)
+                ranks.on_main(directory.lock)
+                checkpoint = ranks.on_main(lambda: self._checkpoint_to_resume(so_far))
             else:
-                directory.check_new()
+                ranks.on_main(directory.check_new)
                 checkpoint = None
-            self._parts = at_end.enter_context(closing(open_run(config, audit_path=directory.audit_path)))
+            self._parts = at_end.enter_context(closing(open_run(config, audit_path=directory.audit_path, ranks=ranks)))
             if so_far is not None:
                 self._take_up(checkpoint, so_far)
             else:
-                directory.create(config)
-                directory.lock()
+                ranks.on_main(lambda: directory.create(config))
+                ranks.on_main(directory.lock)
             return self._run(checkpoint)
 
     def step(self, step: int) -> StepReport:
         """One optimizer step, counted from 1."""
-        config, parts, seconds = self.config, self.parts, _Stopwatch()
-        with seconds("step"):
-            prompts = parts.encode(parts.prompts.batch(step))
-            with seconds("rollout"):
-                seed = derived_seed(config.seed, "rollout", step)
-                sampled = parts.engine.sample(prompts, config.rollout.group_size, params=parts.params, seed=seed)
-                pending = PendingScores.begin(parts.scorer.submit(group) for group in sampled)
-            with seconds("judge_wait"):
-                groups = pending.results(order=[prompt.prompt.id for prompt in prompts])
-            check_enough_verdicts(groups, max_unscored_frac=config.scoring.max_unscored_frac)
+        config, parts, stopwatch = self.config, self.parts, Stopwatch()
+        with stopwatch("step"):
+            collected = collect(
+                parts,
+                step=step,
+                seed=config.seed,
+                group_size=config.rollout.group_size,
+                resample_rounds=config.rollout.resample_rounds,
+                stopwatch=stopwatch,
+            )
+            check_enough_verdicts(collected.groups, max_unscored_frac=config.scoring.max_unscored_frac)
             batch = build_batch(
-                groups,
+                collected.groups,
                 {name: objective.weight for name, objective in config.objectives.items()},
                 combine=config.update.combine,
-                scale=config.update.scale,
+                scale=config.update.score_scale,
                 micro_batch_tokens=config.update.micro_batch_tokens,
+                max_new_tokens=config.rollout.max_new_tokens,
+                truncated=config.update.truncated,
+                drops_flat_groups=config.update.flat_groups == "drop",
+                own=collected.own,
             )
-            if batch.num_tokens == 0:
-                raise TooFewVerdicts(f"step {step}: no completion has a verdict, so there is nothing to learn from")
-            with seconds("update"):
-                stats = parts.updater.step(batch, progress=(step - 1) / config.steps)
-            with seconds("sync"):
+            if self._ranks.sum(batch.num_tokens) == 0:
+                raise TooFewVerdicts(f"step {step}: no completion has a verdict that is trained on; see completions")
+            with stopwatch("update"):
+                stats = parts.updater.step(batch, step=step - 1, steps=config.steps)
+            with stopwatch("sync"):
                 parts.engine.load_weights(parts.policy)
-        seconds.record("judge", pending.seconds)
+        stopwatch.add("judge", collected.judge_seconds)
+        if stats.skipped is not None:
+            dump_batch(self._directory.path, step, batch, stats.skipped, rank=self._ranks.index)
         peak = peak_memory_bytes(parts.policy.device)
-        return report_step(step, groups, batch, stats, seconds=seconds.elapsed, peak_bytes=peak)
+        return report_step(step, collected, batch, stats, seconds=stopwatch.elapsed, peak_bytes=peak)
 
     def _checkpoint_to_resume(self, so_far: RunConfig) -> Checkpoint | None:
         """The newest whole one; None where the run was ended before its first."""
@@ -158,12 +172,12 @@ class Trainer:
             done = load_checkpoint(checkpoint, parts.updater)
             parts.engine.load_weights(parts.policy)
             self._note(f"resumed after step {done} from {checkpoint.folder}")
-        if so_far.steps != config.steps and config.optim.schedule == "linear":
+        if so_far.steps != config.steps and config.optim.schedule != "constant":
             self._note(
                 f"steps was {so_far.steps}, now {config.steps}: the learning rate falls to zero over the new number "
-                "(optim.schedule=linear), so it is another from here on than it would have been"
+                f"(optim.schedule={config.optim.schedule}), so it is another from here on than it would have been"
             )
-        self._directory.go_on(config, done=done)
+        self._ranks.on_main(lambda: self._directory.go_on(config, done=done))
 
     def _run(self, checkpoint: Checkpoint | None) -> RunResult:
         config, directory = self.config, self._directory
@@ -172,33 +186,36 @@ class Trainer:
             self._observer.start(title_rows(config, self.parts))
         with interruptions() as interrupted:
             before = self._before(done)
+            if checkpoint is None and config.warmup is not None:
+                self._warm_up(config.warmup)
             durations: list[float] = []
-            while done < config.steps and not interrupted.is_set():
+            while done < config.steps and not self._ranks.any(interrupted.is_set()):
                 try:
                     report = self.step(done + 1)
+                    self._ranks.on_main(partial(directory.append, report.row, report.completions))
+                    done += 1
+                    check_can_go_on(report, max_in_a_row=config.update.max_non_finite_steps)
                 except RunStopped as exc:
                     self._saved(done, checkpoint)
                     exc.add_note(f"Saved after step {done}; go on with: grpo train {directory.path} --resume")
                     raise
-                directory.append(report.row, report.completions)
-                done += 1
                 durations.append(float(report.row["time/step_s"] or 0.0))
                 if self._observer:
                     left = (config.steps - done) * sum(durations) / len(durations)
                     self._observer.step(report.row, total_steps=config.steps, seconds_left=left)
-                    for warning in warnings_of(report.row):
+                    for warning in [*report.warnings, *self._stuck_betas()]:
                         self._observer.warn(warning)
                 if done % config.checkpoint.every == 0:
                     checkpoint = self._saved(done, checkpoint)
             checkpoint = self._saved(done, checkpoint)
-            needs_evaluation = config.eval.after and "after" not in directory.read_eval()
-            if done == config.steps and needs_evaluation and not interrupted.is_set():
+            needs_evaluation = config.eval.after and "after" not in self._read_eval()
+            if done == config.steps and needs_evaluation and not self._ranks.any(interrupted.is_set()):
                 self._evaluate("after", before)
                 needs_evaluation = False
         return RunResult(
             run_dir=directory.path,
             checkpoint=checkpoint,
-            evaluation=directory.read_eval(),
+            evaluation=self._read_eval(),
             was_interrupted=done < config.steps or needs_evaluation,
         )
 
@@ -206,14 +223,47 @@ class Trainer:
         """The last checkpoint where it is this step's, else a new one."""
         if checkpoint is not None and checkpoint.step == step:
             return checkpoint
-        return save_checkpoint(self._directory.path, self.parts.updater, step=step, keep=self.config.checkpoint.keep)
+        path, keep = self._directory.path, self.config.checkpoint.keep
+        return self._ranks.on_main(lambda: save_checkpoint(path, self.parts.updater, step=step, keep=keep))
+
+    def _read_eval(self) -> dict[str, Any]:
+        return self._ranks.on_main(self._directory.read_eval)
+
+    def _warm_up(self, config: WarmupConfig) -> None:
+        from grpo.warmup import warm_up  # trl takes seconds to import
+
+        parts = self.parts
+        room = parts.max_prompt_tokens
+        report = warm_up(
+            parts.policy,
+            parts.tokenizer,
+            config,
+            seed=derived_seed(self.config.seed, "warmup"),
+            end_token_ids=parts.params.end_token_ids,
+            context_tokens=None if room is None else room + parts.params.max_new_tokens,
+        )
+        parts.policy.take_as_reference()
+        parts.engine.load_weights(parts.policy)
+        self._saved(0, None)
+        self._note(
+            f"supervised warm-up: {report.steps} steps, loss {report.loss_first:.3f} -> {report.loss_last:.3f}; the KL "
+            "is measured from here"
+        )
+
+    def _stuck_betas(self) -> list[str]:
+        return [
+            f"beta of {name} has been at its maximum for {self.config.objectives[name].beta.alarm_after} steps with "  # pyright: ignore[reportAttributeAccessIssue]
+            "the KL still too high: try update.kl.estimator=k2 or k3+, which pull harder, or a lower learning rate"
+            for name, controller in self.parts.updater.controllers.items()
+            if controller.is_stuck
+        ]
 
     def _before(self, done: int) -> list[Answer] | None:
         """Held-out answers of the untrained policy: made now, or read back in a resumed run."""
         if not self.config.eval.before:
             return None
         prompts = [encoded.prompt for encoded in self._held_out()]
-        saved = {entry["id"]: entry for entry in self._directory.read_eval().get("answers", {}).get("before", [])}
+        saved = {entry["id"]: entry for entry in self._read_eval().get("answers", {}).get("before", [])}
         if saved.keys() == {prompt.id for prompt in prompts}:
             return [_answer_from(saved[prompt.id], prompt) for prompt in prompts]
         if done == 0:
@@ -229,14 +279,14 @@ class Trainer:
     def _evaluate(self, when: str, before: list[Answer] | None) -> list[Answer]:
         self._note(f"evaluating on held-out prompts {when} training")
         parts = self.parts
-        answers = evaluate(parts.engine, parts.eval_scorer, self._held_out(), params=parts.params)
-        evaluation = self._directory.read_eval()
+        answers = evaluate(parts.engine, parts.eval_scorer, self._held_out(), params=parts.params, ranks=self._ranks)
+        evaluation = self._read_eval()
         evaluation[when] = summarise(answers)
         evaluation.setdefault("answers", {})[when] = [_entry_of(answer) for answer in answers]
         if before is not None:
             evaluation["difference"] = compare(before, answers)
             evaluation["examples"] = examples(before, answers)
-        self._directory.write_eval(evaluation)
+        self._ranks.on_main(lambda: self._directory.write_eval(evaluation))
         return answers
 
     def _held_out(self) -> list[Any]:
@@ -270,22 +320,6 @@ def title_rows(config: RunConfig, parts: RunParts) -> list[tuple[str, str]]:
         ("objectives", ", ".join(config.objectives)),
         ("run directory", str(config.output_dir)),
     ]
-
-
-class _Stopwatch:
-    """Wall time by stage, in seconds."""
-
-    def __init__(self) -> None:
-        self.elapsed: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.record(stage, time.perf_counter() - start)
-
-    def record(self, stage: str, seconds: float) -> None:
-        self.elapsed[stage] = seconds
 
 
 def _entry_of(answer: Answer) -> dict[str, Any]:

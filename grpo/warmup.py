@@ -20,9 +20,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from grpo.config import WarmupConfig
 from grpo.errors import ConfigError, DatasetError, NonFiniteUpdate
-from grpo.prompts import _messages as to_messages
-from grpo.prompts import _read_file as read_rows
-from grpo.prompts import encode_prompt
+from grpo.prompts import encode_prompt, read_rows, to_messages
 from grpo.runtime.packaged_model import quiet_transformers
 from grpo.runtime.policy import Policy, dropout_off
 from grpo.runtime.seeding import derived_seed

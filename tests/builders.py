@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from grpo.batching import TrainBatch, build_batch
 from grpo.config import FullTrainable, LoraTrainable, OptimConfig, TrainableConfig, UpdateConfig
 from grpo.prompts import EncodedPrompt
 from grpo.rollout.base import SamplingParams
@@ -15,6 +16,7 @@ from grpo.runtime.models import load_model
 from grpo.runtime.policy import Policy
 from grpo.types import Completion, Message, Prompt, RolloutGroup, ScoredGroup, Verdict
 from grpo.update.beta import FixedBeta
+from grpo.update.entropy import EntropyBonus
 from grpo.update.step import Updater
 
 END = 2
@@ -73,6 +75,8 @@ def make_updater(
     update: UpdateConfig | None = None,
     learning_rate: float = 1e-2,
     schedule: Literal["constant", "linear"] = "constant",
+    max_grad_norm: float = 1.0,
+    entropy_bonus: EntropyBonus | None = None,
 ) -> Updater:
     """An updater with fixed betas."""
     return Updater(
@@ -81,8 +85,18 @@ def make_updater(
         observed=dict.fromkeys(objectives, "k3"),
         params=params or SamplingParams(end_token_ids=(END,), max_new_tokens=16),
         update=update or UpdateConfig(),
-        optim=OptimConfig(learning_rate=learning_rate, schedule=schedule),
+        optim=OptimConfig(learning_rate=learning_rate, schedule=schedule, max_grad_norm=max_grad_norm),
+        entropy_bonus=entropy_bonus,
     )
+
+
+def make_batch(
+    groups: Sequence[ScoredGroup], *, weights: Mapping[str, float] | None = None, budget: int = 8192, **options: Any
+) -> TrainBatch:
+    """A window under the defaults; `options` are those of `build_batch`."""
+    names = dict.fromkeys((name for group in groups for name in group.rollout.prompt.objectives), 1.0)
+    arguments = {"combine": "decoupled", "scale": "group", "max_new_tokens": 16, **options}
+    return build_batch(groups, weights or names, micro_batch_tokens=budget, **arguments)
 
 
 def full_training() -> FullTrainable:

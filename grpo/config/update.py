@@ -14,7 +14,7 @@ class KlConfig(StrictModel):
 
     estimator: Literal["clamped", "k1", "k2", "k3", "k3+", "abs"] = "clamped"
     """`clamped` is one-sided and linear and cannot explode; `k3` pulls both ways; `k3+` reports k3 and pulls as k2."""
-    max_log_ratio: float = Field(default=10.0, gt=0)
+    max_log_ratio: float = Field(default=10.0, gt=0, le=50)
     """Log-ratios are clamped to this many nats, with a straight-through gradient."""
     kl_in: Literal["loss", "reward"] = "loss"
     """A term of the loss, or taken off each token's advantage after normalisation (then it is the log-ratio itself)."""
@@ -118,9 +118,15 @@ class RolloutCorrectionConfig(StrictModel):
     """`truncate` bounds the weight at `high`; `mask` drops what lies outside [low, high]."""
     low: float = Field(default=0.5, ge=0)
     """For `mask` only."""
-    high: float = Field(default=2.0, gt=1)
+    high: float | None = Field(default=None, gt=1)
+    """None: 2.0 for `truncate`, 5.0 for `mask`."""
     sequence_log_ratio: Literal["mean", "sum"] = "mean"
     """For `sequence`: the mean over tokens is biased, but length does not decide."""
+
+    @property
+    def bound(self) -> float:
+        """What `high` stands for."""
+        return self.high or (2.0 if self.mode == "truncate" else 5.0)
 
 
 class TruncatedMask(StrictModel):
@@ -181,6 +187,15 @@ class UpdateConfig(StrictModel):
     """Budget of one micro-batch, padding included. Changes memory and speed, never the gradient."""
     max_non_finite_steps: int = Field(default=3, ge=1)
     """Steps in a row that may be skipped for a loss or gradient that is not finite; then the run stops."""
+
+    @model_validator(mode="after")
+    def _can_be_taken_apart(self) -> UpdateConfig:
+        if self.loss.type == "custom" and (self.gradients.method != "sum" or self.gradients.cosine_every):
+            raise ValueError(
+                "a custom loss cannot be taken apart by objectives: nothing says that it is linear in the advantage; "
+                "set gradients.method = sum and gradients.cosine_every = 0"
+            )
+        return self
 
     @property
     def score_scale(self) -> Literal["group", "batch", "none"]:

@@ -13,13 +13,15 @@ from grpo.types import RolloutGroup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """The sampling law: penalties, then temperature, then top-k and top-p."""
+    """The sampling law: penalties, then temperature, then top-k, top-p and min-p."""
 
     temperature: float = 1.0
     """Divides the logits; 0 is greedy, for evaluation only."""
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps all tokens."""
+    min_p: float = 0.0
+    """Drops tokens less likely than this share of the likeliest; 0 drops none."""
     max_new_tokens: int = 256
     min_new_tokens: int = 0
     """No end token among the first so many."""

@@ -16,11 +16,22 @@ class Replay:
     carries no gradient and always contains the sampled token; how often that had to be forced is counted.
     """
 
-    def __init__(self, params: SamplingParams, token_ids: Tensor, rows: Tensor, offsets: Tensor) -> None:
-        """Args: token_ids [B, T] completions; rows [N], offsets [N]: position n is token offsets[n] of row rows[n]."""
+    def __init__(
+        self, params: SamplingParams, token_ids: Tensor, rows: Tensor, offsets: Tensor, *, remembers: bool = False
+    ) -> None:
+        """Place the law over completions.
+
+        Args:
+            token_ids: [B, T] completions.
+            rows, offsets: [N] position n is token offsets[n] of row rows[n].
+            remembers: the kept sets of the first pass hold in all later ones, under other weights too; costs V / 8
+                bytes a position. The chunks must be cut alike in all passes.
+        """
         self._params = params
         self._token_ids, self._rows, self._offsets = token_ids, rows, offsets
         self._processors = build_processors(params)
+        self._remembered: dict[int, Tensor] | None = {} if remembers else None
+        """First position of a chunk -> its kept set, 8 tokens a byte."""
         self._missed = torch.zeros(token_ids.shape, dtype=torch.bool, device=token_ids.device)  # [B, T]
 
     @property
@@ -35,7 +46,7 @@ class Replay:
 
     @property
     def _has_filters(self) -> bool:
-        return self._params.top_p < 1 or self._params.top_k > 0
+        return self._params.top_p < 1 or self._params.top_k > 0 or self._params.min_p > 0
 
     def process(self, logits: Tensor, positions: Tensor) -> Tensor:
         """[C, V] raw logits at `positions` [C] of the N -> [C, V], dropped tokens at -inf."""
@@ -45,19 +56,43 @@ class Replay:
             logits = processor(logits, prefix)
         if not self._has_filters:
             return logits
+        return logits.masked_fill(~self._kept(logits.detach(), rows, offsets, int(positions[0])), -torch.inf)
+
+    def _kept(self, logits: Tensor, rows: Tensor, offsets: Tensor, first: int) -> Tensor:
+        """[C, V] bool: what the filters keep, and the sampled token."""
+        if self._remembered is not None and first in self._remembered:
+            return _unpacked(self._remembered[first], logits.shape[1])
         sampled = self._token_ids[rows, offsets][:, None]  # [C, 1]
-        kept = kept_tokens(logits.detach() / self._params.temperature, self._params)  # [C, V]
+        kept = kept_tokens(logits / self._params.temperature, self._params)  # [C, V]
         # a checkpointed chunk runs again in the backward pass: marking a place twice counts it once
         self._missed[rows, offsets] |= ~kept.gather(1, sampled)[:, 0]
         kept = kept.scatter(1, sampled, True)
-        return logits.masked_fill(~kept, -torch.inf)
+        if self._remembered is not None:
+            self._remembered[first] = _packed(kept)
+        return kept
+
+
+_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def _packed(flags: Tensor) -> Tensor:
+    """[C, V] bool -> [C, V / 8] uint8."""
+    whole = torch.nn.functional.pad(flags, (0, -flags.shape[1] % 8)).unflatten(1, (-1, 8))  # [C, V / 8, 8]
+    return (whole * torch.tensor(_BITS, dtype=torch.uint8, device=flags.device)).sum(dim=-1, dtype=torch.uint8)
+
+
+def _unpacked(packed: Tensor, width: int) -> Tensor:
+    """[C, V / 8] uint8 -> [C, V] bool."""
+    bits = torch.tensor(_BITS, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, :, None] & bits) != 0).flatten(1)[:, :width]
 
 
 def kept_tokens(scaled: Tensor, params: SamplingParams) -> Tensor:
-    """[C, V] bool: what top-k, then top-p keep of logits that the temperature has divided already.
+    """[C, V] bool: what top-k, then top-p, then min-p keep of logits that the temperature has divided already.
 
     The order and the ties are transformers': a token stays while the mass of the strictly more likely ones,
-    renormalised over what top-k left, is below top_p.
+    renormalised over what top-k left, is below top_p. min-p compares with the likeliest token, so what the other two
+    dropped does not matter to it.
     """
     kept = torch.ones_like(scaled, dtype=torch.bool)
     if params.top_k > 0:
@@ -70,4 +105,7 @@ def kept_tokens(scaled: Tensor, params: SamplingParams) -> Tensor:
         drop = cumulative <= 1 - params.top_p
         drop[:, -1:] = False
         kept = kept & ~drop.scatter(1, order, drop)
+    if params.min_p > 0:
+        probabilities = scaled.masked_fill(~kept, -torch.inf).softmax(dim=-1)
+        kept = kept & (probabilities >= params.min_p * probabilities.amax(dim=-1, keepdim=True))
     return kept

@@ -120,7 +120,12 @@ def generation_config(params: SamplingParams) -> GenerationConfig:
     if params.temperature == 0:
         return GenerationConfig(do_sample=False, **common)
     return GenerationConfig(
-        do_sample=True, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k, **common
+        do_sample=True,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p or None,
+        **common,
     )
 
 
@@ -311,7 +316,7 @@ def _inverse_distribution(probabilities: Tensor, draws: Tensor) -> Tensor:
 
 
 def _first_above(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, 1] the first place whose cumulative mass [B, N] exceeds target [B, 1], and what of it the places before leave."""
+    """[B, 1] the first place where cumulative mass [B, N] exceeds target [B, 1]; what of it the places before leave."""
     cumulative = mass.cumsum(dim=-1)
     place = torch.searchsorted(cumulative, target, right=True)  # [B, 1]
     # where rounding put the target at or above the sum: the last place that holds any mass

@@ -10,13 +10,18 @@ import torch
 from grpo.errors import ConfigError
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is a card. Raises ConfigError for a card that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def choose_device(name: str, *, index: int = 0) -> torch.device:
+    """`auto` is CUDA where there is a card. Args: index: of the card. Raises ConfigError for one that is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch sees no CUDA device. Install a CUDA build of torch, or use auto.")
-    return torch.device(name)
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"this is process {index} of the machine, but torch sees {torch.cuda.device_count()} CUDA devices. Launch "
+            "as many processes as there are, or set device=cpu."
+        )
+    return torch.device("cuda", index)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

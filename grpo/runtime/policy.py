@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from grpo.config import LoraTrainable, TrainableConfig
@@ -22,6 +22,10 @@ from grpo.runtime.packaged_model import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+ANCHOR = "reference.safetensors"
+"""Beside the weights: the trainable parameters as they were when they were taken as reference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +65,7 @@ class Policy:
             ConfigError: modules that cannot be trained.
         """
         self._tokenizer = tokenizer
+        self._anchor: dict[str, Tensor] | None = None
         self._compute_dtype = model.dtype
         if isinstance(trainable, LoraTrainable):
             self.model: PreTrainedModel | PeftModel = _with_adapter(model, trainable, seed=seed)
@@ -108,10 +113,38 @@ class Policy:
         with torch.no_grad():
             if self._reference is not None:
                 yield self._reference
+            elif self._anchor is not None:
+                with self._swapped(self._anchor):
+                    yield self.causal_lm
             else:
                 assert isinstance(self.model, PeftModel)
                 with self.model.disable_adapter():
                     yield self.causal_lm
+
+    def take_as_reference(self) -> None:
+        """The policy as it is now is the reference from here on: after a supervised stage, KL starts at 0 again."""
+        self._set_anchor({name: p.detach().clone() for name, p in self.trainable_parameters().items()})
+
+    def _set_anchor(self, anchor: dict[str, Tensor]) -> None:
+        self._anchor = anchor
+        if self._reference is not None:
+            own = dict(self._reference.named_parameters())
+            with torch.no_grad():
+                for name, value in anchor.items():
+                    own[name].copy_(value)
+
+    @contextlib.contextmanager
+    def _swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Other values in the trainable parameters, for the while."""
+        parameters = self.trainable_parameters()
+        kept = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = values[name].to(parameter.device)
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = kept[name]
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name in the plain model, weight) of every parameter that training changes, adapters added in float32."""
@@ -135,6 +168,8 @@ class Policy:
                 self.model.save_pretrained(str(folder))
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(str(folder))
+        if self._anchor is not None:
+            save_file({name: value.cpu().contiguous() for name, value in self._anchor.items()}, folder / ANCHOR)
 
     def load(self, folder: Path) -> None:
         """Take back the trainable parameters that `save` wrote. Raises CheckpointError where they do not fit."""
@@ -150,6 +185,8 @@ class Policy:
         with torch.no_grad():
             for key, parameter in renamed.items():
                 parameter.copy_(saved[key])
+        if (folder / ANCHOR).is_file():
+            self._set_anchor({key: value.to(self.device) for key, value in load_file(folder / ANCHOR).items()})
 
 
 def _to_float32(parameters: Iterable[nn.Parameter]) -> None:

@@ -16,7 +16,7 @@ from grpo.batching import MicroBatch
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.replay import Replay
 from grpo.runtime.policy import Policy, language_model_head
-from grpo.update.logprobs import logprobs_under_both_laws
+from grpo.update.logprobs import Process, logprobs_under_both_laws
 from grpo.update.shared_prefix import predicting_states
 
 if TYPE_CHECKING:
@@ -33,15 +33,34 @@ class Forward:
     """[B, T] under logits / temperature alone; what the KL compares."""
     entropy: Tensor
     """[B, T] of the sampling law, in nats."""
-    num_forced: int
-    """Sampled tokens that the replayed filter would have dropped."""
 
 
-def policy_pass(policy: Policy, batch: MicroBatch, params: SamplingParams) -> Forward:
-    """The policy's log-probabilities, with gradient where it is enabled."""
+def replay_of(batch: MicroBatch, params: SamplingParams, *, remembers: bool = False) -> Replay:
+    """The sampling law over a micro-batch's loss tokens; `remembers`: keeps the filters' sets for further passes."""
+    rows, offsets = batch.completion_mask.nonzero(as_tuple=True)  # [N], [N]
+    return Replay(params, batch.completion_ids, rows, offsets, remembers=remembers)
+
+
+def policy_pass(
+    policy: Policy,
+    batch: MicroBatch,
+    params: SamplingParams,
+    *,
+    replay: Replay | None = None,
+    entropy_has_gradient: bool = False,
+) -> Forward:
+    """The policy's log-probabilities, with gradient where it is enabled. Args: replay: made anew where None."""
+    replay = replay or replay_of(batch, params)
     with _arithmetic(policy):
         states = predicting_states(policy.causal_lm, batch)  # [B, T, H]
-    return _read_out(policy.causal_lm, states, batch, params)
+    return _read_out(
+        policy.causal_lm,
+        states,
+        batch,
+        temperature=params.temperature,
+        process=replay.process if replay.changes_logits else None,
+        entropy_has_gradient=entropy_has_gradient,
+    )
 
 
 def reference_logprobs(policy: Policy, batch: MicroBatch, params: SamplingParams) -> Tensor:
@@ -49,7 +68,7 @@ def reference_logprobs(policy: Policy, batch: MicroBatch, params: SamplingParams
     with policy.reference() as reference:
         with _arithmetic(policy):
             states = predicting_states(reference, batch)  # [B, T, H]
-        return _read_out(reference, states, batch, params, is_replayed=False).plain_logprobs
+        return _read_out(reference, states, batch, temperature=params.temperature).plain_logprobs
 
 
 @contextlib.contextmanager
@@ -67,29 +86,29 @@ def _arithmetic(policy: Policy) -> Iterator[None]:
 
 
 def _read_out(
-    model: PreTrainedModel, states: Tensor, batch: MicroBatch, params: SamplingParams, *, is_replayed: bool = True
+    model: PreTrainedModel,
+    states: Tensor,
+    batch: MicroBatch,
+    *,
+    temperature: float,
+    process: Process | None = None,
+    entropy_has_gradient: bool = False,
 ) -> Forward:
     rows, offsets = batch.completion_mask.nonzero(as_tuple=True)  # [N], [N]
-    targets = batch.completion_ids[rows, offsets]  # [N]
-    replay = Replay(params, batch.completion_ids, rows, offsets)
     head = language_model_head(model)
     logprobs, entropy, plain = logprobs_under_both_laws(
         states[rows, offsets],  # [N, H] only completion positions reach the head
         head.weight,
-        targets,
-        temperature=params.temperature,
+        batch.completion_ids[rows, offsets],
+        temperature=temperature,
         bias=head.bias,
         logit_scale=head.logit_scale,
         softcap=head.softcap,
-        process=replay.process if is_replayed and replay.changes_logits else None,
+        process=process,
+        entropy_has_gradient=entropy_has_gradient,
     )
 
     def spread(values: Tensor) -> Tensor:
         return values.new_zeros(batch.completion_mask.shape).index_put((rows, offsets), values)  # [B, T]
 
-    return Forward(
-        logprobs=spread(logprobs),
-        plain_logprobs=spread(plain),
-        entropy=spread(entropy),
-        num_forced=replay.num_forced,
-    )
+    return Forward(logprobs=spread(logprobs), plain_logprobs=spread(plain), entropy=spread(entropy))

@@ -185,7 +185,9 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # autograd passes ctx by place
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor, None, None, None]:
         of_logprobs, of_entropy, of_plain = gradients
         law_slope, *others = ctx.saved_tensors
         if ctx.is_plain:

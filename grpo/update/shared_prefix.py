@@ -29,7 +29,7 @@ def predicting_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
 
 @contextlib.contextmanager
 def _fastest_attention(model: PreTrainedModel, batch: MicroBatch) -> Iterator[None]:
-    """On a CPU, short rows take plain attention: the backward pass of the fused kernel is several times slower there."""
+    """On a CPU, short rows take plain attention: the fused kernel's backward pass is several times slower there."""
     given = model.config._attn_implementation
     rows, columns = batch.completion_ids.shape[0], batch.completion_ids.shape[1]
     heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)

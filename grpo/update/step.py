@@ -1,63 +1,72 @@
-"""TrainBatch -> one optimizer step and its UpdateStats. Alone in this folder, it knows records and state."""
+"""TrainBatch -> optimizer steps and their UpdateStats. Alone in this folder, it knows records, ranks and state."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from grpo import metrics as names
-from grpo.batching import MicroBatch, TrainBatch
+from grpo.batching import TrainBatch
 from grpo.config import OptimConfig, UpdateConfig
-from grpo.errors import NonFiniteUpdate
-from grpo.metrics import MeanAccumulator, kl_name, kl_penalty_name
 from grpo.rollout.base import SamplingParams
+from grpo.runtime.distributed import Ranks
+from grpo.runtime.optim import build_optimizer, learning_rate_at, set_learning_rate
 from grpo.runtime.policy import Policy, dropout_off
 from grpo.update.beta import BetaController
-from grpo.update.forward import policy_pass, reference_logprobs
+from grpo.update.combination import gradient_cosines
+from grpo.update.entropy import EntropyBonus
+from grpo.update.forward import replay_of
 from grpo.update.gradients import GradientWindow
-from grpo.update.kl import kl_penalty
-from grpo.update.losses import clipped_tokens, policy_loss, policy_ratio, reduce_loss
+from grpo.update.non_finite import NOWHERE, first_non_finite_module
+from grpo.update.statistics import WindowStatistics
+from grpo.update.window_loss import MicroBatchWork, Weighing, WindowLoss
 
-OBSERVED_KL_LIMIT = 10.0
-"""A token counts with at most so many nats of k3 in what a controller sees: one bad token must not multiply beta."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NonFiniteStep:
+    """Why a step was skipped. The parameters are as they were before the window in which it happened."""
+
+    cause: str
+    """What was not finite, and the first module that made it so."""
+    micro_batch: int | None
+    """Place of the one at fault in this rank's batch; None where it was another's, or only the summed gradient's."""
+    in_a_row: int
+    """Steps skipped without a good one in between, this one included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateStats:
-    """What one window did."""
+    """What the windows over one batch did; over all ranks."""
 
     means: Mapping[str, float]
-    """Metric name -> mean over the window's loss tokens, or over the objective's; absent where nothing counted."""
-    grad_norm: float
-    """Of the window's gradient, before clipping."""
+    """Metric name -> mean over the loss tokens, or over the objective's; absent where nothing counted."""
+    grad_norm: float | None
+    """Of the last window's gradient, before clipping; None where it was not finite."""
     learning_rate: float
-    """That the step was taken with."""
-    ratio_p99: float
-    """99th percentile of |log(policy / sampler)| over loss tokens, as a ratio; 1 where both agree."""
+    """That the steps were taken with."""
+    sampler_ratio_p99: float
+    """99th percentile of the ratio between policy and sampler, either way, before any truncation."""
+    sampler_ratio_max: float
     kl_max: Mapping[str, float]
     """Objective -> largest per-token k3."""
     betas: Mapping[str, float]
-    """Objective -> the beta that this window used."""
+    """Objective -> the beta that the first window used."""
+    entropy_coefficient: float | None
+    """That the first window used; None without a bonus."""
     num_forced: int
     """Sampled tokens that the replayed filter would have dropped."""
-
-
-@dataclass(slots=True)
-class _Window:
-    """Sums over a window's micro-batches."""
-
-    means: MeanAccumulator = field(default_factory=MeanAccumulator)
-    observed: MeanAccumulator = field(default_factory=MeanAccumulator)
-    kl_max: dict[str, float] = field(default_factory=dict)
-    sampler_gaps: list[Tensor] = field(default_factory=list)
-    num_forced: int = 0
+    cosines: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    """Pair of objectives -> cosine of their gradients, where they were taken apart."""
+    gradient_norms: Mapping[str, float] = field(default_factory=dict)
+    """Objective -> norm of its gradient, where they were taken apart."""
+    skipped: NonFiniteStep | None = None
 
 
 class Updater:
-    """Takes optimizer steps. Owns the optimizer, the window's gradient and the objectives' beta controllers."""
+    """Takes optimizer steps. Owns the optimizer, the window's gradient, the beta controllers and the entropy bonus."""
 
     def __init__(
         self,
@@ -68,140 +77,167 @@ class Updater:
         params: SamplingParams,
         update: UpdateConfig,
         optim: OptimConfig,
+        entropy_bonus: EntropyBonus | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """Args: observed: objective -> "k3" or "penalty", what its controller looks at; params: the sampling law."""
+        """Args: observed: objective -> "k3" or "penalty", what its controller looks at; params: the sampling law;
+        ranks: this process alone where None."""
         self.policy = policy
         self.controllers = dict(controllers)
-        self._observed = dict(observed)
-        self._params, self._update, self._optim = params, update, optim
+        self.entropy_bonus = entropy_bonus
+        self.non_finite_in_a_row = 0
+        self._update, self._optim, self._params = update, optim, params
+        self._ranks = ranks or Ranks(use_cpu=policy.device.type == "cpu")
+        self._loss = WindowLoss(policy, observed=observed, params=params, update=update)
         parameters = policy.trainable_parameters()
         self.gradients = GradientWindow(parameters)
-        self.optimizer = torch.optim.AdamW(
-            list(parameters.values()),
-            lr=optim.learning_rate,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-        )
+        self.optimizer = build_optimizer(parameters, optim)
 
-    def step(self, batch: TrainBatch, *, progress: float = 0.0) -> UpdateStats:
-        """One window: zero once, add every micro-batch's gradient, clip once, step once.
+    def step(self, batch: TrainBatch, *, step: int = 0, steps: int = 1) -> UpdateStats:
+        """mu windows over one batch; in each: zero once, add every micro-batch's gradient, clip once, step once.
+
+        A loss or gradient that is not finite on any rank ends the windows before the optimizer steps.
 
         Args:
-            progress: share of the run's steps that are done, in [0, 1); what the learning-rate schedule goes by.
-        Raises:
-            NonFiniteUpdate: the loss or a gradient is not finite; the parameters are as they were.
+            step: number of the step, from 0; of `steps`. What the learning-rate schedule goes by.
         """
-        window = _Window()
-        betas = {name: controller.value for name, controller in self.controllers.items()}  # constant in the window
-        self.gradients.start_window()
+        statistics = WindowStatistics()
+        betas = {name: controller.value for name, controller in self.controllers.items()}
+        coefficient = self.entropy_bonus.value if self.entropy_bonus else None
+        # the denominators, before any backward pass
+        num_tokens, num_rows = (int(self._ranks.sum(count)) for count in (batch.num_tokens, batch.num_rows))
+        remembers = self._update.iterations > 1
+        work = [
+            MicroBatchWork(batch=own, replay=replay_of(own, self._params, remembers=remembers))
+            for own in (micro_batch.to(self.policy.device) for micro_batch in batch.micro_batches)
+        ]
+        learning_rate = learning_rate_at(self._optim, step=step, steps=steps)
+        set_learning_rate(self.optimizer, learning_rate)
+        is_apart = self._takes_objectives_apart(step, batch.objectives)
+        gram: Tensor | None = None
+        grad_norm: float | None = None
+        skipped: NonFiniteStep | None = None
         with dropout_off(self.policy.model):
-            for micro_batch in batch.micro_batches:
-                loss = self._loss(micro_batch.to(self.policy.device), batch, betas, window)
-                if not bool(torch.isfinite(loss)):
-                    raise NonFiniteUpdate(
-                        f"the loss of a micro-batch of {micro_batch.num_tokens} tokens is {loss.item()}; "
-                        "no optimizer step was taken. Look at the step's completions and at update.kl."
-                    )
-                self.gradients.add(loss)
-        learning_rate = scheduled_learning_rate(self._optim, progress)
-        grad_norm = self._apply(learning_rate)
+            for iteration in range(self._update.iterations):
+                window, weighing = WindowStatistics(), self._weighing(num_tokens, num_rows)
+                self.gradients.start_window(num_objectives=len(batch.objectives) if is_apart else 0)
+                skipped = self._accumulate(work, batch, weighing, window, is_apart=is_apart)
+                if skipped is None:
+                    self.gradients.reduce(self._ranks.all_reduce)
+                    skipped = self._check_gradients(work, batch, weighing)
+                if skipped is not None:
+                    grad_norm = None
+                    break
+                if is_apart:
+                    seed = step * self._update.iterations + iteration
+                    gram = self.gradients.combine(self._update.gradients.method, seed=seed)
+                grad_norm = self.gradients.clip(self._optim.max_grad_norm)
+                self.optimizer.step()
+                window = window.merged(self._ranks)
+                self._observe(window)
+                statistics.include(window)
+        self.non_finite_in_a_row = 0 if skipped is None else skipped.in_a_row
+        return UpdateStats(
+            means=statistics.means.means(),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            sampler_ratio_p99=statistics.sampler_ratio(0.99),
+            sampler_ratio_max=statistics.sampler_ratio(1.0),
+            kl_max=statistics.kl_max,
+            betas=betas,
+            entropy_coefficient=coefficient,
+            num_forced=statistics.num_forced,
+            cosines=_pairs(gram, batch.objectives),
+            gradient_norms=_norms(gram, batch.objectives),
+            skipped=skipped,
+        )
+
+    def _takes_objectives_apart(self, step: int, objectives: Sequence[str]) -> bool:
+        """Whether this step takes a backward pass for each objective: the method needs it, or its cosines are due."""
+        gradients = self._update.gradients
+        is_due = gradients.cosine_every > 0 and step % gradients.cosine_every == 0
+        return len(objectives) > 1 and (gradients.method != "sum" or is_due)
+
+    def _weighing(self, num_tokens: int, num_rows: int) -> Weighing:
+        """Denominators and coefficients, constant in a window."""
+        return Weighing(
+            num_tokens=num_tokens,
+            num_rows=num_rows,
+            betas={name: controller.value for name, controller in self.controllers.items()},
+            entropy_coefficient=self.entropy_bonus.value if self.entropy_bonus else 0.0,
+        )
+
+    def _accumulate(
+        self,
+        work: Sequence[MicroBatchWork],
+        whole: TrainBatch,
+        weighing: Weighing,
+        window: WindowStatistics,
+        *,
+        is_apart: bool,
+    ) -> NonFiniteStep | None:
+        """Add every micro-batch's gradient; says why not where a loss is not finite, on every rank alike."""
+        bad: int | None = None
+        for place, item in enumerate(work):
+            parts = self._loss.parts(item, whole, weighing, window, is_apart=is_apart)
+            if not all(bool(torch.isfinite(loss)) for _, loss in parts):
+                bad = place  # the other ranks are told at the window's end
+                break
+            for number, (objective, loss) in enumerate(parts):
+                self.gradients.add(loss, objective=objective, keep_graph=number + 1 < len(parts))
+        if not self._ranks.any(bad is not None):
+            return None
+        cause = ""
+        if bad is not None:
+            module = self._culprit(work[bad], whole, weighing)
+            cause = f"the loss of a micro-batch of {work[bad].batch.num_tokens} tokens is not finite; first in {module}"
+        causes = [text for text in self._ranks.gather([cause]) if text]
+        return NonFiniteStep(cause="; ".join(causes), micro_batch=bad, in_a_row=self.non_finite_in_a_row + 1)
+
+    def _check_gradients(
+        self, work: Sequence[MicroBatchWork], whole: TrainBatch, weighing: Weighing
+    ) -> NonFiniteStep | None:
+        name = self.gradients.first_non_finite()  # of the reduced gradient: the same on every rank
+        if name is None:
+            return None
+        found = [(place, self._culprit(item, whole, weighing)) for place, item in enumerate(work)]
+        place, module = next((pair for pair in found if pair[1] != NOWHERE), (None, "another rank's micro-batch"))
+        return NonFiniteStep(
+            cause=f"the gradient of {name} is not finite; first in {module}",
+            micro_batch=place,
+            in_a_row=self.non_finite_in_a_row + 1,
+        )
+
+    def _culprit(self, item: MicroBatchWork, whole: TrainBatch, weighing: Weighing) -> str:
+        """The module where a micro-batch's numbers first fail."""
+
+        def again() -> Tensor:
+            parts = self._loss.parts(item, whole, weighing, WindowStatistics())
+            return torch.stack([loss for _, loss in parts]).sum()
+
+        return first_non_finite_module(self.policy.model, again)
+
+    def _observe(self, window: WindowStatistics) -> None:
         observed = window.observed.means()
         for name, controller in self.controllers.items():
             if name in observed:
-                controller.observe(observed[name])
-        return UpdateStats(
-            means=window.means.means(),
-            grad_norm=grad_norm,
-            learning_rate=learning_rate,
-            ratio_p99=_ratio_p99(window.sampler_gaps),
-            kl_max=window.kl_max,
-            betas=betas,
-            num_forced=window.num_forced,
-        )
-
-    def _apply(self, learning_rate: float) -> float:
-        name = self.gradients.first_non_finite()
-        if name is not None:
-            raise NonFiniteUpdate(f"the gradient of {name} is not finite; no optimizer step was taken")
-        grad_norm = self.gradients.clip(self._optim.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        return grad_norm
-
-    def _loss(self, batch: MicroBatch, whole: TrainBatch, betas: Mapping[str, float], window: _Window) -> Tensor:
-        """This micro-batch's part of the window's loss."""
-        update, mask = self._update, batch.completion_mask
-        ref_logprobs = reference_logprobs(self.policy, batch, self._params)  # [B, T]
-        forward = policy_pass(self.policy, batch, self._params)
-        old_logprobs = forward.logprobs.detach()  # one step per batch: the policy before it is the policy now
-        policy_term = policy_loss(
-            forward.logprobs,
-            old_logprobs,
-            batch.advantages,
-            mask,
-            clip_low=update.clip_low,
-            clip_high=update.clip_high,
-        )  # [B, T]
-        penalty = kl_penalty(
-            forward.plain_logprobs,
-            ref_logprobs,
-            estimator=update.kl.estimator,
-            max_log_ratio=update.kl.max_log_ratio,
-            mask=mask,
-        )  # [B, T]
-        row_beta = kl_weights(batch.is_scored, whole.weights.to(mask.device), whole.objectives, betas)  # [B]
-        kl_term = row_beta[:, None] * penalty  # [B, T]
-        with torch.no_grad():
-            ratio = policy_ratio(forward.logprobs, old_logprobs, mask)
-            clipped = clipped_tokens(
-                ratio, batch.advantages, mask, clip_low=update.clip_low, clip_high=update.clip_high
-            )
-            num_tokens = batch.num_tokens
-            window.means.add(names.CLIP_LOW_FRAC, float(clipped[0]), num_tokens)
-            window.means.add(names.CLIP_HIGH_FRAC, float(clipped[1]), num_tokens)
-            window.means.add(names.POLICY_LOSS, float(policy_term.sum()), num_tokens)
-            window.means.add(names.KL_LOSS, float(kl_term.sum()), num_tokens)
-            window.means.add(names.ENTROPY, float(forward.entropy.sum()), num_tokens)
-            window.sampler_gaps.append((forward.logprobs - batch.sampler_logprobs)[mask].abs().cpu())
-            window.num_forced += forward.num_forced
-            self._record_kl(window, batch, whole.objectives, forward.plain_logprobs - ref_logprobs, penalty)
-        return reduce_loss(policy_term + kl_term, mask, num_tokens=whole.num_tokens)
-
-    def _record_kl(
-        self, window: _Window, batch: MicroBatch, objectives: tuple[str, ...], difference: Tensor, penalty: Tensor
-    ) -> None:
-        """Args: difference: [B, T] policy - reference; penalty: [B, T] what the loss uses."""
-        mask, limit = batch.completion_mask, self._update.kl.max_log_ratio
-        k3 = kl_penalty(difference, torch.zeros_like(difference), estimator="k3", max_log_ratio=limit, mask=mask)
-        is_clamped = mask & (difference.abs() > limit)
-        window.means.add(names.KL_CLAMPED_FRAC, float(is_clamped.sum()), batch.num_tokens)
-        for o, name in enumerate(objectives):
-            own = mask & batch.is_scored[:, o, None]  # [B, T]
-            count = int(own.sum())
-            if not count:
-                continue
-            window.means.add(kl_name(name), float(k3[own].sum()), count)
-            window.means.add(kl_penalty_name(name), float(penalty[own].sum()), count)
-            seen = penalty if self._observed[name] == "penalty" else k3.clamp(max=OBSERVED_KL_LIMIT)
-            window.observed.add(name, float(seen[own].sum()), count)
-            window.kl_max[name] = max(window.kl_max.get(name, 0.0), float(k3[own].max()))
+                controller.observe(observed[name], rows=window.num_scored_rows[name])
+        entropy = window.means.means().get(names.ENTROPY)
+        if self.entropy_bonus is not None and entropy is not None:
+            self.entropy_bonus.observe(entropy)
 
 
-def scheduled_learning_rate(optim: OptimConfig, progress: float) -> float:
-    """The learning rate after a share `progress` of the run; a function of it alone, so a resumed run goes on."""
-    return optim.learning_rate * (1 - progress) if optim.schedule == "linear" else optim.learning_rate
+def _pairs(gram: Tensor | None, objectives: Sequence[str]) -> dict[tuple[str, str], float]:
+    if gram is None:
+        return {}
+    cosines = gradient_cosines(gram)
+    return {
+        (first, second): float(cosines[i, j])
+        for i, first in enumerate(objectives)
+        for j, second in enumerate(objectives)
+        if i < j and bool(torch.isfinite(cosines[i, j]))
+    }
 
 
-def kl_weights(is_scored: Tensor, weights: Tensor, objectives: tuple[str, ...], betas: Mapping[str, float]) -> Tensor:
-    """[B] weight of each row's KL term: the sum of w_o * beta_o over the objectives o that scored it (FORMULAS 4)."""
-    per_objective = weights * torch.tensor([betas[name] for name in objectives], device=weights.device)  # [O]
-    return (is_scored * per_objective).sum(dim=-1)
-
-
-def _ratio_p99(gaps: list[Tensor]) -> float:
-    if not gaps:
-        return 1.0
-    sorted_gaps = torch.cat(gaps).sort().values
-    return float(sorted_gaps[int(0.99 * (sorted_gaps.numel() - 1))].exp())
+def _norms(gram: Tensor | None, objectives: Sequence[str]) -> dict[str, float]:
+    return {} if gram is None else {name: float(gram[o, o].sqrt()) for o, name in enumerate(objectives)}

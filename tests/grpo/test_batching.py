@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
+from builders import make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.batching import MicroBatch, TrainBatch, build_batch, score_tensor
+from grpo.batching import MicroBatch, TrainBatch, score_tensor
 from grpo.types import Completion, Message, Prompt, RolloutGroup, ScoredGroup, Verdict
 
 Scores = Mapping[str, float | None]
@@ -50,9 +51,7 @@ def make_group(
 
 
 def batch_of(*groups: ScoredGroup, weights: dict[str, float] | None = None, micro_batch_tokens: int = 64) -> TrainBatch:
-    return build_batch(
-        groups, weights or {"a": 1.0}, combine="decoupled", scale="none", micro_batch_tokens=micro_batch_tokens
-    )
+    return make_batch(groups, weights=weights or {"a": 1.0}, budget=micro_batch_tokens, scale="none")
 
 
 RowContent = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...], float, tuple[bool, ...]]

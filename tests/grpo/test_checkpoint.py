@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import make_group, make_policy, make_updater
+from builders import make_batch, make_group, make_policy, make_updater
 
-from grpo.batching import build_batch
 from grpo.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from grpo.errors import CheckpointError
 from grpo.update.beta import BandBeta
@@ -26,8 +25,8 @@ def make_band_updater(model_dir: Path) -> Updater:
 def train(updater: Updater, steps: int = 1) -> None:
     for seed in range(steps):
         group = make_group([{"a": 1.0}, {"a": 0.0}], seed=seed)
-        batch = build_batch([group], {"a": 1.0}, combine="decoupled", scale="group", micro_batch_tokens=64)
-        updater.step(batch, progress=0.0)
+        batch = make_batch([group], budget=64)
+        updater.step(batch)
 
 
 @pytest.fixture(scope="module")

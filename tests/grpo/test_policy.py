@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import full_training, make_group, make_policy, make_updater
+from builders import full_training, make_batch, make_group, make_policy, make_updater
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from grpo.batching import TrainBatch, build_batch
+from grpo.batching import TrainBatch
 from grpo.config import LoraTrainable, TrainableConfig
 from grpo.errors import CheckpointError, ConfigError, ModelError
 from grpo.rollout.transformers_engine import TransformersEngine
@@ -39,15 +39,15 @@ SMALL = {"vocab_size": 200, "hidden_size": 16, "num_hidden_layers": 2, "num_atte
 LLAMA_LIKE = {**SMALL, "intermediate_size": 32, "num_key_value_heads": 2, "pad_token_id": 0}
 
 
-def make_batch() -> TrainBatch:
+def one_group_batch() -> TrainBatch:
     group = make_group([{"a": 1.0}, {"a": 0.0}, {"a": 0.5}], lengths=[3, 5, 4], seed=1)
-    return build_batch([group], {"a": 1.0}, combine="decoupled", scale="group", micro_batch_tokens=8192)
+    return make_batch([group])
 
 
 def trained(policy: Policy, *, steps: int = 2) -> Policy:
     updater = make_updater(policy)
     for _ in range(steps):
-        updater.step(make_batch())
+        updater.step(one_group_batch())
     return policy
 
 
@@ -131,9 +131,9 @@ def test_the_kl_is_exactly_0_before_the_first_step_with_dropout_in_the_model(
     family: Any, rates: dict[str, float], trainable: TrainableConfig, dtype: torch.dtype
 ) -> None:
     updater = make_updater(Policy(family(**rates).to(dtype), trainable, seed=0))
-    first = updater.step(make_batch())
+    first = updater.step(one_group_batch())
     assert (first.means["kl/a"], first.means["kl/a/penalty"], first.kl_max["a"]) == (0.0, 0.0, 0.0)
-    second = updater.step(make_batch())  # full: one step moved everything; LoRA: B moved
+    second = updater.step(one_group_batch())  # full: one step moved everything; LoRA: B moved
     assert second.means["kl/a"] > 0.0
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import pytest
-from builders import make_group
+from dataclasses import replace
 
-from grpo.batching import build_batch
-from grpo.step_report import report_step, warnings_of
-from grpo.update.step import UpdateStats
+import pytest
+from builders import make_batch, make_group
+
+from grpo.collection import Collected
+from grpo.errors import NonFiniteUpdate
+from grpo.step_report import StepReport, check_can_go_on, report_step
+from grpo.types import ScoredGroup
+from grpo.update.step import NonFiniteStep, UpdateStats
 
 STATS = UpdateStats(
     means={"entropy": 1.5},
     grad_norm=0.5,
     learning_rate=1e-4,
-    ratio_p99=1.2,
+    sampler_ratio_p99=1.2,
+    sampler_ratio_max=1.5,
+    entropy_coefficient=None,
     kl_max={"a": 0.3},
     betas={"a": 0.02, "b": 0.04},
     num_forced=1,
@@ -25,8 +31,12 @@ GROUPS = [
 
 
 def row_of() -> dict[str, float | int | None]:
-    batch = build_batch(GROUPS, {"a": 1.0, "b": 1.0}, combine="decoupled", scale="group", micro_batch_tokens=1000)
-    return dict(report_step(3, GROUPS, batch, STATS, seconds={"step": 2.0}, peak_bytes=7).row)
+    return dict(report_of(STATS).row)
+
+
+def report_of(stats: UpdateStats, *, discarded: tuple[ScoredGroup, ...] = ()) -> StepReport:
+    collected = Collected(groups=tuple(GROUPS), own=(0, 1), discarded=discarded, judge_seconds=0.0)
+    return report_step(3, collected, make_batch(GROUPS), stats, seconds={"step": 2.0}, peak_bytes=7)
 
 
 def test_a_missing_verdict_is_counted_and_is_no_part_of_the_mean() -> None:
@@ -51,7 +61,26 @@ def test_the_forced_share_is_of_loss_tokens() -> None:
 
 
 def test_an_engine_that_disagrees_with_the_trainer_is_reported() -> None:
-    assert warnings_of({"step": 3, "sampler/ratio_p99": 1.3}) == []
-    (warning,) = warnings_of({"step": 3, "sampler/ratio_p99": 2.5})
+    assert report_of(STATS).warnings == []
+    (warning,) = report_of(replace(STATS, sampler_ratio_p99=2.5)).warnings
     assert "step 3" in warning
     assert "2.5" in warning
+
+
+def test_groups_that_were_replaced_are_written_down_without_an_advantage_and_are_no_part_of_the_means() -> None:
+    flat = make_group([{"a": 9.0}, {"a": 9.0}], lengths=[3, 3], seed=3)
+    report = report_of(STATS, discarded=(flat,))
+    assert report.row["reward/a/mean"] == 0.5
+    assert report.row["groups/resampled"] == 1
+    assert report.row["tokens/completion"] == 24  # 18 of the groups, 6 of the replaced one: they were sampled
+    assert [line["advantage"] for line in report.completions[-2:]] == [None, None]
+
+
+def test_a_run_stops_at_the_last_skipped_step_that_it_may_have() -> None:
+    skipped = NonFiniteStep(cause="the loss; first in layers.3", micro_batch=0, in_a_row=2)
+    report = report_of(replace(STATS, skipped=skipped, grad_norm=None))
+    assert report.row["update/skipped"] == 1
+    assert "layers.3" in report.warnings[0]
+    check_can_go_on(report, max_in_a_row=3)
+    with pytest.raises(NonFiniteUpdate, match=r"2 steps in a row .*layers\.3"):
+        check_can_go_on(report, max_in_a_row=2)

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from builders import END, encoded, make_group, make_policy, make_updater
+from builders import END, encoded, make_batch, make_group, make_policy, make_updater
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from grpo.batching import build_batch
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.transformers_engine import TransformersEngine, generation_config
 from grpo.runtime.policy import Policy
@@ -54,7 +53,7 @@ def trainer_logprobs(policy: Policy, groups: list[RolloutGroup], params: Samplin
         )
         for group in groups
     ]
-    batch = build_batch(scored, {"a": 1.0}, combine="decoupled", scale="group", micro_batch_tokens=100_000)
+    batch = make_batch(scored, budget=100_000)
     (micro,) = batch.micro_batches
     with torch.no_grad():
         logprobs = policy_pass(policy, micro, params).logprobs
@@ -218,13 +217,7 @@ def test_the_engine_samples_from_new_weights_only_after_load_weights(tiny_model_
     policy = make_policy(tiny_model_dir)
     engine = TransformersEngine(policy, AutoTokenizer.from_pretrained(tiny_model_dir))
     groups = sample(engine, PARAMS)
-    batch = build_batch(
-        [make_group([{"a": 1.0}, {"a": 0.0}], seed=1)],
-        {"a": 1.0},
-        combine="decoupled",
-        scale="group",
-        micro_batch_tokens=1000,
-    )
+    batch = make_batch([make_group([{"a": 1.0}, {"a": 0.0}], seed=1)])
     make_updater(policy, learning_rate=0.05).step(batch)
     assert sample(engine, PARAMS) == groups  # stale on purpose
     engine.load_weights(policy)

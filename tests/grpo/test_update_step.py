@@ -10,18 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import END, full_training, make_group, make_policy, make_updater
+from builders import END, full_training, make_batch, make_group, make_policy, make_updater
 from transformers import MistralConfig, MistralForCausalLM
 
-from grpo.batching import MicroBatch, TrainBatch, build_batch
-from grpo.config import KlConfig, OptimConfig, UpdateConfig
-from grpo.errors import NonFiniteUpdate
+from grpo.batching import MicroBatch, TrainBatch
+from grpo.config import KlConfig, UpdateConfig
 from grpo.rollout.base import SamplingParams
 from grpo.runtime.policy import Policy, dropout_off
 from grpo.types import ScoredGroup
 from grpo.update.forward import policy_pass, reference_logprobs
 from grpo.update.shared_prefix import can_share_prompts, predicting_states, whole_row_states
-from grpo.update.step import scheduled_learning_rate
 
 GROUPS = [
     make_group([{"a": 1.0}, {"a": 0.0}, {"a": 0.0}, {"a": 1.0}], lengths=[3, 7, 2, 5], prompt_length=6, seed=1),
@@ -33,7 +31,7 @@ GROUPS = [
 def batch_of(
     groups: Sequence[ScoredGroup] = GROUPS, *, budget: int = 8192, weights: dict[str, float] | None = None
 ) -> TrainBatch:
-    return build_batch(groups, weights or {"a": 1.0}, combine="decoupled", scale="group", micro_batch_tokens=budget)
+    return make_batch(groups, budget=budget, weights=weights)
 
 
 def snapshot(policy: Policy) -> dict[str, torch.Tensor]:
@@ -241,13 +239,53 @@ def test_each_objective_pulls_its_own_rows_with_its_own_beta(tiny_model_dir: Pat
     assert stats.means["kl/a"] != stats.means["kl/b"]
 
 
-def test_a_non_finite_loss_takes_no_optimizer_step(tiny_model_dir: Path) -> None:
+def test_a_non_finite_loss_takes_no_optimizer_step_and_is_counted(tiny_model_dir: Path) -> None:
     policy = make_policy(tiny_model_dir)
     start = snapshot(policy)
     batch = batch_of()
     poisoned = replace(batch.micro_batches[0], advantages=torch.full_like(batch.micro_batches[0].advantages, math.nan))
-    with pytest.raises(NonFiniteUpdate, match="no optimizer step"):
-        make_updater(policy).step(replace(batch, micro_batches=(poisoned,)))
+    updater = make_updater(policy)
+    for count in (1, 2):
+        skipped = updater.step(replace(batch, micro_batches=(poisoned,))).skipped
+        assert skipped is not None
+        assert skipped.in_a_row == count
+        assert "what came in from outside is not" in skipped.cause  # every module's numbers were finite
+    assert all(torch.equal(value, start[name]) for name, value in snapshot(policy).items())
+    assert updater.step(batch).skipped is None
+    assert updater.non_finite_in_a_row == 0
+
+
+@pytest.mark.parametrize("place", ["layers.0.mlp.down_proj", "layers.1.self_attn.o_proj"])
+def test_a_skipped_step_names_the_first_module_whose_numbers_were_not_finite(tiny_model_dir: Path, place: str) -> None:
+    policy = make_policy(tiny_model_dir)
+    module = policy.causal_lm.base_model.get_submodule(place)
+
+    def poison(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
+        return output * math.nan
+
+    handle = module.register_forward_hook(poison)
+    skipped = make_updater(policy).step(batch_of()).skipped
+    handle.remove()
+    assert skipped is not None
+    assert f"{place} (its output)" in skipped.cause
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_and_names_where_it_began(tiny_model_dir: Path) -> None:
+    policy = make_policy(tiny_model_dir)
+    start = snapshot(policy)
+    module = policy.causal_lm.base_model.get_submodule("layers.1.mlp")
+
+    def poison(_: object, __: object, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * math.inf)
+
+    handle = module.register_forward_hook(poison)
+    skipped = make_updater(policy).step(batch_of()).skipped
+    handle.remove()
+    assert skipped is not None
+    assert skipped.micro_batch == 0
+    assert "is not finite; first in" in skipped.cause
+    assert "layers.1.mlp" in skipped.cause
     assert all(torch.equal(value, start[name]) for name, value in snapshot(policy).items())
 
 
@@ -296,12 +334,8 @@ def test_the_temperature_and_the_penalties_of_the_sampling_law_are_replayed(tiny
             assert float(got.plain_logprobs[row, t]) == pytest.approx(float(plain[token]), abs=1e-5)
 
 
-def test_a_linear_schedule_falls_from_the_full_rate_and_a_constant_one_rests(tiny_model_dir: Path) -> None:
-    linear = OptimConfig(learning_rate=0.4, schedule="linear")
-    # 4 steps: progress 0, 1/4, 2/4, 3/4
-    assert [scheduled_learning_rate(linear, step / 4) for step in range(4)] == pytest.approx([0.4, 0.3, 0.2, 0.1])
-    assert scheduled_learning_rate(OptimConfig(learning_rate=0.4), 0.75) == 0.4
-    policy = make_policy(tiny_model_dir)
-    updater = make_updater(policy, learning_rate=0.4, schedule="linear")
-    assert updater.step(batch_of(), progress=0.75).learning_rate == pytest.approx(0.1)
+def test_each_step_is_taken_with_the_schedules_rate(tiny_model_dir: Path) -> None:
+    updater = make_updater(make_policy(tiny_model_dir), learning_rate=0.4, schedule="linear")
+    # the last of 4 steps: 1/4 of the rate is left
+    assert updater.step(batch_of(), step=3, steps=4).learning_rate == pytest.approx(0.1)
     assert updater.optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
