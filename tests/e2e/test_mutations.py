@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ADDS = "parameter.grad.add_(gradient)"
+ADDS = "window_sum.add_(gradient)"
 MUTATIONS = {
     "none": (ADDS, ADDS),
-    "copy instead of add": (ADDS, "parameter.grad.copy_(gradient)"),
+    "copy instead of add": (ADDS, "window_sum.copy_(gradient)"),
     "zeroed inside the loop": (
         "        gradients = torch.autograd.grad(",
         "        self.start_window()\n        gradients = torch.autograd.grad(",
     ),
     "never zeroed": ("parameter.grad = torch.zeros_like(parameter)", "parameter.grad = parameter.grad"),
-    "averaged": (ADDS, "parameter.grad.add_(gradient, alpha=0.5)"),
+    "averaged": (ADDS, "window_sum.add_(gradient, alpha=0.5)"),
 }
 
 
