@@ -37,6 +37,9 @@ def train(
 ) -> None:
     """Train a model by a recipe."""
     from grpo.recipe_loader import load_recipe
+    from grpo.runtime.launch import start_missing_ranks
+
+    start_missing_ranks()
 
     config = load_recipe(_recipe_of(recipe), [*_output_dir_of(recipe, resume=resume), *(overrides or [])])
     from grpo.diagnostics.display import make_display
@@ -48,10 +51,10 @@ def train(
     betas = {name: objective.beta for name, objective in config.objectives.items()}
     bands = {name: (beta.low, beta.high) if beta.type == "band" else None for name, beta in betas.items()}
     observed = {name: observed_kl_name(name, beta.observed) for name, beta in betas.items()}
-    is_main = os.environ.get("RANK", "0") == "0"  # of several processes one talks to the person and writes the report
     with _told_when_stopped(config.output_dir), make_display(bands, observed) as display:
-        result = Trainer(config, observer=display).run(resume=resume)
-        if not is_main:
+        trainer = Trainer(config, observer=display)
+        result = trainer.run(resume=resume)
+        if not trainer.is_main:  # one process talks to the person and writes the report
             raise typer.Exit(EXIT_INTERRUPTED if result.was_interrupted else 0)
         paths = [("policy", str(result.checkpoint.folder / "policy")), ("checkpoint", str(result.checkpoint.folder))]
         display.finish(dict(result.evaluation) or None, result.evaluation.get("examples"), paths)
@@ -87,11 +90,16 @@ def evaluate(
     from grpo.diagnostics.display import make_display
     from grpo.errors import ConfigError
     from grpo.evaluation_run import evaluate_target
+    from grpo.runtime.launch import start_missing_ranks
+
+    start_missing_ranks()
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise ConfigError(f"--json {json_file.absolute()}: its folder does not exist. Make it, or name another file.")
     with make_display({}, {}) as display:
         result = evaluate_target(target, recipe=recipe, overrides=overrides or [])
+        if not _is_main():
+            return
         if json_file is not None:
             json_file.write_text(json.dumps(result, indent=1, allow_nan=False))
         display.finish(result, None, [])
@@ -139,6 +147,11 @@ def _told_when_stopped(run_dir: Path) -> Iterator[None]:
         raise typer.Exit(EXIT_INTERRUPTED) from exc
 
 
+def _is_main() -> bool:
+    """Whether this process, of those that a launcher started, is the one that talks to the person."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def main() -> None:
     """Entry point: errors raised on purpose become one message and an exit code; others keep their traceback."""
     # spinning OpenMP threads slow everything else on the machine; read when torch is imported
@@ -148,7 +161,8 @@ def main() -> None:
     try:
         app()
     except GrpoError as exc:
-        print("\n".join([f"error: {exc}", *getattr(exc, "__notes__", [])]), file=sys.stderr)
+        if _is_main():  # it is raised on every rank
+            print("\n".join([f"error: {exc}", *getattr(exc, "__notes__", [])]), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT if isinstance(exc, InputError) else EXIT_FAILED)
     except KeyboardInterrupt:
         print("stopped at once", file=sys.stderr)  # before or after typer, which turns the others into exit code 130

@@ -82,12 +82,19 @@ def _replace(groups: list[ScoredGroup], found: Mapping[int, ScoredGroup]) -> lis
 def _scored(
     parts: RunParts, prompts: Sequence[Prompt], *, seed: int, group_size: int, stopwatch: Stopwatch
 ) -> tuple[list[ScoredGroup], float]:
-    """All ranks' groups in the prompts' order, and the seconds that scoring took."""
-    own = parts.encode(parts.ranks.own(prompts))
-    with stopwatch("rollout"):
-        sampled = parts.engine.sample(own, group_size, params=parts.params, seed=seed)
-        pending = PendingScores.begin(parts.scorer.submit(group) for group in sampled)
-    with stopwatch("judge_wait"):
-        scored = pending.results(order=[prompt.prompt.id for prompt in own])
-        found = {group.rollout.prompt.id: group for group in parts.ranks.gather(scored)}
-    return [found[prompt.id] for prompt in prompts], pending.seconds
+    """All ranks' groups in the prompts' order, and the seconds that scoring took on this one."""
+    judge_seconds = 0.0
+
+    def scored_here() -> list[ScoredGroup]:
+        nonlocal judge_seconds
+        own = parts.encode(parts.ranks.own(prompts))
+        with stopwatch("rollout"):
+            sampled = parts.engine.sample(own, group_size, params=parts.params, seed=seed)
+            pending = PendingScores.begin(parts.scorer.submit(group) for group in sampled)
+        with stopwatch("judge_wait"):
+            scored = pending.results(order=[prompt.prompt.id for prompt in own])
+        judge_seconds = pending.seconds
+        return scored
+
+    found = {group.rollout.prompt.id: group for group in parts.ranks.gather_from(scored_here)}
+    return [found[prompt.id] for prompt in prompts], judge_seconds

@@ -48,10 +48,13 @@ def evaluate(
     greedy = replace(
         params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0
     )
-    groups = list(_in_order(engine, prompts if ranks is None else ranks.own(prompts), greedy))
-    scored = [future.result() for future in [scorer.submit(group) for group in groups]]
-    own = [_answer(group) for group in scored]
-    answers = {answer.prompt.id: answer for answer in (own if ranks is None else ranks.gather(own))}
+
+    def answered_here() -> list[Answer]:
+        groups = _in_order(engine, prompts if ranks is None else ranks.own(prompts), greedy)
+        return [_answer(future.result()) for future in [scorer.submit(group) for group in groups]]
+
+    found = answered_here() if ranks is None else ranks.gather_from(answered_here)
+    answers = {answer.prompt.id: answer for answer in found}
     return [answers[prompt.prompt.id] for prompt in prompts]
 
 

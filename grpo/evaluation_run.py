@@ -37,7 +37,7 @@ def evaluate_target(target: str, *, recipe: str, overrides: Sequence[str]) -> di
             load_checkpoint(checkpoint, parts.updater)
             parts.engine.load_weights(parts.policy)
         prompts = parts.encode(parts.prompts.held_out(config.eval.num_prompts))
-        answers = evaluate(parts.engine, parts.eval_scorer, prompts, params=parts.params)
+        answers = evaluate(parts.engine, parts.eval_scorer, prompts, params=parts.params, ranks=parts.ranks)
     finally:
         parts.close()
     return {"before" if checkpoint is None else "after": summarise(answers)}

@@ -47,7 +47,7 @@ def report_step(
     row["learning_rate"] = stats.learning_rate
     row[names.SAMPLER_RATIO_P99] = stats.sampler_ratio_p99
     row[names.SAMPLER_RATIO_MAX] = stats.sampler_ratio_max
-    row["sampler/kept_set_miss_frac"] = stats.num_forced / max(batch.num_tokens, 1)
+    row["sampler/kept_set_miss_frac"] = stats.num_forced / max(stats.num_tokens, 1)
     row["advantages/scale_factor"] = batch.advantages.scale_factor
     if stats.entropy_coefficient is not None:
         row[names.ENTROPY_COEFFICIENT] = stats.entropy_coefficient

@@ -79,6 +79,11 @@ class Trainer:
         self._parts: RunParts | None = None
 
     @property
+    def is_main(self) -> bool:
+        """Whether this process, of those of the run, writes files and talks to the person."""
+        return self._ranks.is_main
+
+    @property
     def parts(self) -> RunParts:
         """What the running run is made of."""
         assert self._parts is not None, "only while run() is running"
@@ -94,7 +99,7 @@ class Trainer:
             RunStopped: the run could not go on; every step that it finished is in its last checkpoint.
         """
         config, directory, ranks = self.config, self._directory, self._ranks
-        so_far = directory.check_resumable(config) if resume else None
+        so_far = ranks.on_main(lambda: directory.check_resumable(config)) if resume else None
         with ExitStack() as at_end:
             at_end.callback(directory.unlock)
             at_end.callback(setattr, self, "_parts", None)
@@ -104,7 +109,9 @@ class Trainer:
             else:
                 ranks.on_main(directory.check_new)
                 checkpoint = None
-            self._parts = at_end.enter_context(closing(open_run(config, audit_path=directory.audit_path, ranks=ranks)))
+            self._parts = ranks.together(
+                lambda: at_end.enter_context(closing(open_run(config, audit_path=directory.audit_path, ranks=ranks)))
+            )
             if so_far is not None:
                 self._take_up(checkpoint, so_far)
             else:
@@ -145,7 +152,7 @@ class Trainer:
         stopwatch.add("judge", collected.judge_seconds)
         if stats.skipped is not None:
             dump_batch(self._directory.path, step, batch, stats.skipped, rank=self._ranks.index)
-        peak = peak_memory_bytes(parts.policy.device)
+        peak = max(self._ranks.gather([peak_memory_bytes(parts.policy.device)]))
         return report_step(step, collected, batch, stats, seconds=stopwatch.elapsed, peak_bytes=peak)
 
     def _checkpoint_to_resume(self, so_far: RunConfig) -> Checkpoint | None:
@@ -169,7 +176,7 @@ class Trainer:
         if checkpoint is None:
             self._note("there is no checkpoint yet; beginning with the first step")
         else:
-            done = load_checkpoint(checkpoint, parts.updater)
+            done = self._ranks.together(lambda: load_checkpoint(checkpoint, parts.updater))
             parts.engine.load_weights(parts.policy)
             self._note(f"resumed after step {done} from {checkpoint.folder}")
         if so_far.steps != config.steps and config.optim.schedule != "constant":
@@ -223,6 +230,7 @@ class Trainer:
         """The last checkpoint where it is this step's, else a new one."""
         if checkpoint is not None and checkpoint.step == step:
             return checkpoint
+        self._ranks.check_equal(self.parts.policy.trainable_parameters())
         path, keep = self._directory.path, self.config.checkpoint.keep
         return self._ranks.on_main(lambda: save_checkpoint(path, self.parts.updater, step=step, keep=keep))
 

@@ -56,6 +56,8 @@ class UpdateStats:
     """Objective -> the beta that the first window used."""
     entropy_coefficient: float | None
     """That the first window used; None without a bonus."""
+    num_tokens: int
+    """Loss tokens of the batch."""
     num_forced: int
     """Sampled tokens that the replayed filter would have dropped."""
     cosines: Mapping[tuple[str, str], float] = field(default_factory=dict)
@@ -146,6 +148,7 @@ class Updater:
             kl_max=statistics.kl_max,
             betas=betas,
             entropy_coefficient=coefficient,
+            num_tokens=num_tokens,
             num_forced=statistics.num_forced,
             cosines=_pairs(gram, batch.objectives),
             gradient_norms=_norms(gram, batch.objectives),
@@ -201,9 +204,10 @@ class Updater:
         if name is None:
             return None
         found = [(place, self._culprit(item, whole, weighing)) for place, item in enumerate(work)]
-        place, module = next((pair for pair in found if pair[1] != NOWHERE), (None, "another rank's micro-batch"))
+        place, module = next((pair for pair in found if pair[1] != NOWHERE), (None, NOWHERE))
+        modules = [other for other in self._ranks.gather([module]) if other != NOWHERE]
         return NonFiniteStep(
-            cause=f"the gradient of {name} is not finite; first in {module}",
+            cause=f"the gradient of {name} is not finite; first in {modules[0] if modules else NOWHERE}",
             micro_batch=place,
             in_a_row=self.non_finite_in_a_row + 1,
         )

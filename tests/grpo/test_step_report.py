@@ -22,6 +22,7 @@ STATS = UpdateStats(
     entropy_coefficient=None,
     kl_max={"a": 0.3},
     betas={"a": 0.02, "b": 0.04},
+    num_tokens=12,
     num_forced=1,
 )
 GROUPS = [

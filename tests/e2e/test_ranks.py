@@ -1,0 +1,282 @@
+"""A run in two processes is the run in one: the same weights, figures and files; and it ends as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_processes import RankPair
+from safetensors.torch import load_file
+
+from grpo.checkpoint import list_checkpoints
+from grpo.errors import ConfigError, RunStopped
+from grpo.recipe_loader import parse_recipe
+from grpo.step_report import StepReport
+from grpo.trainer import Trainer
+
+TOPICS = [
+    "Add 1 and 1.",
+    "What is the capital of France?",
+    "Say it.",
+    "Add the numbers 1, 2 and 3 for me, please.",
+    "?",
+]
+ROWS = [
+    {"id": f"p{n}", "prompt": text, "objectives": [["short", "vowels"], ["short"], ["vowels"]][n % 3]}
+    for n, text in enumerate(TOPICS)
+]
+STRICT = {"max_unscored_frac": 0.0}
+WARMUP = {"path": "warmup.jsonl", "steps": 2, "batch_size": 4, "micro_batch_size": 1, "learning_rate": 1e-3}
+REWARD = '''
+"""The share of vowels; fails on one prompt where it is told to, may take its time, and may write down its rank."""
+
+import os
+import time
+
+
+def vowels(inputs, fails_at="", pause_s=0.0, seen=""):
+    time.sleep(pause_s)
+    if seen:
+        with open(seen, "a") as file:
+            file.write("{RANK}/{WORLD_SIZE} ".format(**os.environ))
+    if any(fails_at and one.prompt_id == fails_at for one in inputs):
+        raise ValueError(f"no idea about {fails_at}")
+    return [sum(letter in "aeiou" for letter in one.completion) / max(len(one.completion), 1) for one in inputs]
+'''
+
+
+def recipe_of(folder: Path, model_dir: Path, name: str, **changes: Any) -> dict[str, Any]:
+    """Five prompts of different lengths, three a step: the first rank has two of them, and never the same."""
+    folder.mkdir(exist_ok=True)
+    (folder / "rank_test_rewards.py").write_text(REWARD)
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "warmup.jsonl").write_text("".join(json.dumps({**row, "completion": "Yes."}) + "\n" for row in ROWS[:4]))
+    params = changes.pop("reward", {})
+    return {
+        "model": str(model_dir),
+        "steps": 3,
+        "output_dir": name,
+        "device": "auto",
+        "dtype": "float32",
+        "prompts": {"type": "file", "path": "data.jsonl", "held_out_path": "data.jsonl", "per_step": 3},
+        "objectives": {
+            "short": {
+                "rewards": [{"name": "length", "params": {"target_tokens": 2, "limit_tokens": 8}}],
+                "beta": {"type": "band", "low": 0.01, "high": 0.1},
+            },
+            "vowels": {
+                "rewards": [{"name": "rank_test_rewards:vowels", "params": params}],
+                "beta": {"type": "fixed", "value": 0.05},
+            },
+        },
+        "rollout": {"group_size": 4, "max_new_tokens": 8},
+        "optim": {"learning_rate": 1e-2},
+        "trainable": {"type": "lora", "rank": 2},
+        "eval": {"num_prompts": 3},
+        "checkpoint": {"every": 2},
+        **changes,
+    }
+
+
+def train(recipe: dict[str, Any], folder: str, resume: bool = False) -> tuple[bool, list[str]]:
+    """Whether the run was interrupted, and the files of its directory that this process has opened for writing."""
+    written: set[str] = set()
+    run_dir = os.path.join(folder, recipe["output_dir"])
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]).startswith(run_dir) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            written.add(str(arguments[0]))
+
+    sys.addaudithook(note)
+    config = parse_recipe(recipe, base_dir=Path(folder), source="recipe.yaml")
+    result = Trainer(config).run(resume=resume)
+    return result.was_interrupted, sorted(written)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def check_same(ours: Path, theirs: Path) -> None:
+    """All that two runs computed and wrote; times and memory aside."""
+    here, there = (list_checkpoints(run)[-1] for run in (ours, theirs))
+    assert here.step == there.step
+    for name in ("policy/adapter_model.safetensors", "optimizer.safetensors"):
+        mine, other = (load_file(each.folder / name) for each in (here, there))
+        assert mine.keys() == other.keys()
+        for key, tensor in mine.items():
+            torch.testing.assert_close(
+                tensor, other[key], rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+            )
+    rows, other_rows = (lines_of(run / "metrics.jsonl") for run in (ours, theirs))
+    assert len(rows) == len(other_rows)
+    for row, other_row in zip(rows, other_rows, strict=True):
+        assert row.keys() == other_row.keys()
+        for key, value in row.items():
+            if not key.startswith(("time/", "memory/")):
+                assert value == pytest.approx(other_row[key], rel=1e-4, abs=1e-6), f"{key} in step {row['step']}"
+    for mine, other in zip(*(lines_of(run / "completions.jsonl") for run in (ours, theirs)), strict=True):
+        assert mine.pop("advantage") == pytest.approx(other.pop("advantage"), abs=1e-6)
+        assert mine == other
+    assert json.loads((ours / "eval.json").read_text()) == json.loads((theirs / "eval.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPair]:
+    with RankPair(tmp_path_factory.mktemp("ranks")) as ranks:
+        yield ranks
+
+
+# --- the same run
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"update": {"gradients": {"method": "pcgrad"}, "iterations": 2}},
+        {"prompts": {"type": "file", "path": "data.jsonl", "held_out_path": "data.jsonl", "per_step": 1}},
+        {"rollout": {"group_size": 4, "max_new_tokens": 8, "top_k": 20, "resample_rounds": 2}},
+        {"warmup": WARMUP},
+    ],
+    ids=["sum", "pcgrad, two windows", "one rank has nothing", "dynamic sampling", "warm-up"],
+)
+def test_a_run_of_two_ranks_is_the_run_of_one(
+    changes: dict[str, Any], two: RankPair, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    together, alone = (recipe_of(tmp_path, tiny_model_dir, name, **changes) for name in ("together", "alone"))
+    (interrupted, written), (also_interrupted, nothing_written) = two.run(train, together, str(tmp_path))
+    assert (interrupted, also_interrupted) == (False, False)
+    assert nothing_written == []
+    assert str(tmp_path / "together" / "metrics.jsonl") in written
+    train(alone, str(tmp_path))
+    check_same(tmp_path / "together", tmp_path / "alone")
+
+
+def test_a_run_of_one_process_goes_on_in_two_and_back_again(
+    two: RankPair, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    train(recipe_of(tmp_path, tiny_model_dir, "whole", steps=6), str(tmp_path))
+    train(recipe_of(tmp_path, tiny_model_dir, "changing", steps=2), str(tmp_path))
+    for answer in two.run(train, recipe_of(tmp_path, tiny_model_dir, "changing", steps=4), str(tmp_path), True):
+        assert answer[0] is False
+    train(recipe_of(tmp_path, tiny_model_dir, "changing", steps=6), str(tmp_path), True)
+    check_same(tmp_path / "changing", tmp_path / "whole")
+
+
+# --- errors
+
+
+def test_a_reward_that_fails_on_one_rank_ends_both_with_its_error(
+    two: RankPair, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    for prompt_id in ("p0", "p2"):
+        recipe = recipe_of(tmp_path, tiny_model_dir, prompt_id, reward={"fails_at": prompt_id}, scoring=STRICT)
+        answers = two.run(train, recipe, str(tmp_path))
+        assert [type(answer) for answer in answers] == [type(answers[0])] * 2
+        assert f"no idea about {prompt_id}" in str(answers[0])
+        assert str(answers[0]) == str(answers[1])
+
+
+def test_bad_input_is_refused_on_both_before_anything_is_written(
+    two: RankPair, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_of(tmp_path, tiny_model_dir, "refused", model="./nowhere")
+    answers = two.run(train, recipe, str(tmp_path))
+    assert [str(answer) for answer in answers] == [str(answers[0])] * 2
+    assert not (tmp_path / "refused").exists()
+    (tmp_path / "refused").mkdir()
+    for answer in two.run(train, recipe_of(tmp_path, tiny_model_dir, "refused"), str(tmp_path)):
+        assert isinstance(answer, ConfigError)
+        assert "exists already" in str(answer)
+
+
+class Drifting(Trainer):
+    """Its second rank's copy of the policy drifts away."""
+
+    def step(self, step: int) -> StepReport:
+        report = super().step(step)
+        if not self.is_main:
+            with torch.no_grad():
+                next(iter(self.parts.policy.trainable_parameters().values())).add_(1e-6)
+        return report
+
+
+def train_and_drift(recipe: dict[str, Any], folder: str) -> None:
+    Drifting(parse_recipe(recipe, base_dir=Path(folder), source="recipe.yaml")).run()
+
+
+def test_ranks_that_drift_apart_stop_the_run_before_they_are_saved(
+    two: RankPair, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    for answer in two.run(train_and_drift, recipe_of(tmp_path, tiny_model_dir, "drift"), str(tmp_path)):
+        assert isinstance(answer, RunStopped)
+        assert "copies of" in str(answer)
+    assert list_checkpoints(tmp_path / "drift") == []
+
+
+# --- the command
+
+
+def launch(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """`accelerate launch --cpu --num_processes 2 -m grpo ...`, in a process group of its own as a shell would."""
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
+    return subprocess.Popen(
+        [*launcher, "-m", "grpo", *arguments],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def write_recipe(recipe: dict[str, Any], folder: Path) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    return str(path)
+
+
+def test_accelerate_launch_starts_two_ranks_and_ctrl_c_ends_both_after_a_whole_step(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    evaluation = {"num_prompts": 3, "before": False, "after": False}
+    reward = {"pause_s": 0.3, "seen": str(tmp_path / "seen")}
+    changes = {"steps": 100, "eval": evaluation, "reward": reward, "checkpoint": {"every": 100}}
+    recipe = write_recipe(recipe_of(tmp_path, tiny_model_dir, "run", **changes), tmp_path)
+    run, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    with launch("train", recipe, cwd=tmp_path) as process:
+        deadline = time.monotonic() + 100
+        while not metrics.exists() or not metrics.read_text():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "no step within 100 s"
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
+        output, errors = process.communicate(timeout=100)  # until the last of the processes has closed its end
+    done = len(lines_of(metrics))
+    assert 1 <= done < 100
+    assert [checkpoint.step for checkpoint in list_checkpoints(run)] == [done], errors
+    assert f"interrupted after step {done}; go on with: grpo train {run} --resume" in "".join(output.splitlines())
+    assert set((tmp_path / "seen").read_text().split()) == {"0/2", "1/2"}
+    assert process.returncode != 0  # the launcher's own: -2 for Ctrl-C
+
+
+def test_bad_input_under_a_launcher_is_one_error_and_a_failure(tiny_model_dir: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(recipe_of(tmp_path, tiny_model_dir, "run"), tmp_path)
+    with launch("train", recipe, "rollout.group_size=1", cwd=tmp_path) as process:
+        _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1  # the launcher's own, whatever its processes end with
+    assert [line for line in errors.splitlines() if line.startswith("error:")] == [
+        line for line in errors.splitlines() if "rollout.group_size" in line and "error:" in line
+    ]
+    assert errors.count("error: ") == 1, errors
+    assert not (tmp_path / "run").exists()
