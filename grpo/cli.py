@@ -46,10 +46,11 @@ def train(
     from grpo.diagnostics.report import write_report
     from grpo.errors import InputError
     from grpo.metrics import observed_kl_name
+    from grpo.objectives import held_kl
     from grpo.trainer import Trainer
 
     betas = {name: objective.beta for name, objective in config.objectives.items()}
-    bands = {name: (beta.low, beta.high) if beta.type == "band" else None for name, beta in betas.items()}
+    bands = {name: held_kl(beta) for name, beta in betas.items()}
     observed = {name: observed_kl_name(name, beta.observed) for name, beta in betas.items()}
     with _told_when_stopped(config.output_dir), make_display(bands, observed) as display:
         trainer = Trainer(config, observer=display)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from grpo.config import BandBetaConfig, ObjectiveConfig
+from grpo.config import BandBetaConfig, BetaConfig, FixedBetaConfig, ObjectiveConfig
 from grpo.errors import ConfigError
 from rewards.base import AnyReward, RewardContext
 from rewards.config import RewardSpec
@@ -68,9 +68,10 @@ def weighted_sum(terms: Mapping[str, float | None], weights: Mapping[str, float]
 def check_objectives_of_prompts(
     asked: Iterable[tuple[str, ...]], configs: Mapping[str, ObjectiveConfig], *, source: str
 ) -> None:
-    """Refuse prompts that name an unknown objective, and shared rows whose KL bands contradict each other.
+    """Refuse prompts that name an unknown objective, and shared rows whose controllers contradict each other.
 
-    Objectives that score the same rows see the same KL: bands without a common point would pull beta apart for ever.
+    Objectives that score the same rows see the same KL: without a value that all of them rest at, one beta would go
+    to its minimum and another to its maximum. A fixed beta holds nothing, so it contradicts none.
 
     Raises:
         ConfigError: see above.
@@ -82,17 +83,33 @@ def check_objectives_of_prompts(
                 f"{source} asks for objectives {list(names)}, but the recipe has {list(configs)}. "
                 "Add the objective to the recipe, or change the prompts."
             )
-        bands = {name: beta for name in names if isinstance(beta := configs[name].beta, BandBetaConfig)}
-        if len(bands) >= 2:
-            _check_bands_meet(bands, source=source)
+        _check_held_kl_meets({name: configs[name].beta for name in names}, source=source)
 
 
-def _check_bands_meet(bands: Mapping[str, BandBetaConfig], *, source: str) -> None:
-    observed = {beta.observe for beta in bands.values()}
-    meet = max(beta.low for beta in bands.values()) <= min(beta.high for beta in bands.values())
-    if len(observed) > 1 or not meet:
-        ranges = ", ".join(f"{name} [{b.low}, {b.high}] of {b.observe}" for name, b in bands.items())
-        raise ConfigError(
-            f"{source} has prompts that several objectives score, so they see one KL, but their bands do not meet: "
-            f"{ranges}. Give them intersecting bands of the same quantity, or score each prompt for one objective."
-        )
+def held_kl(beta: BetaConfig) -> tuple[float, float] | None:
+    """(low, high) in nats per token that a controller holds the observed KL in: a band, or a target twice.
+
+    None for a fixed beta, which holds nothing.
+    """
+    if isinstance(beta, FixedBetaConfig):
+        return None
+    return (beta.low, beta.high) if isinstance(beta, BandBetaConfig) else (beta.target, beta.target)
+
+
+def _check_held_kl_meets(betas: Mapping[str, BetaConfig], *, source: str) -> None:
+    held = {name: (beta, *kl) for name, beta in betas.items() if (kl := held_kl(beta)) is not None}
+    if len(held) < 2:
+        return
+    observed = {beta.observed for beta, _, _ in held.values()}
+    if len(observed) == 1 and max(low for _, low, _ in held.values()) <= min(high for _, _, high in held.values()):
+        return
+    targets = [name for name, (_, low, high) in held.items() if low == high]
+    kinds = "bands" if not targets else "targets" if len(targets) == len(held) else "bands and targets"
+    listed = ", ".join(
+        f"{name} {low if low == high else [low, high]} of {beta.observed}" for name, (beta, low, high) in held.items()
+    )
+    raise ConfigError(
+        f"{source} has prompts that several objectives score, so they see one KL, but their {kinds} do not meet: "
+        f"{listed}. Give them bands that intersect, targets that are equal or lie inside the bands, all of the same "
+        "quantity (beta.observe); or fixed betas; or score each prompt for one objective."
+    )

@@ -5,6 +5,9 @@ Cheap checks first: names, bounds, files and endpoints before the weights are re
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -27,7 +30,7 @@ from grpo.prompts import EncodedPrompt, PromptSource, encode_prompt, open_prompt
 from grpo.rollout.base import RolloutEngine, SamplingParams
 from grpo.rollout.transformers_engine import TransformersEngine
 from grpo.runtime.devices import choose_device, choose_dtype
-from grpo.runtime.distributed import Ranks, launched_for_cpu
+from grpo.runtime.distributed import Ranks
 from grpo.runtime.models import check_model, end_token_ids, load_model, load_tokenizer
 from grpo.runtime.policy import Policy
 from grpo.runtime.seeding import derived_seed
@@ -37,6 +40,7 @@ from grpo.update.beta import BandBeta, BetaController, DualBeta, FixedBeta, Prop
 from grpo.update.entropy import AdaptiveEntropyBonus, EntropyBonus, FixedEntropyBonus
 from grpo.update.losses import load_custom_loss
 from grpo.update.step import Updater
+from grpo.warmup import load_examples
 from rewards.base import RewardContext
 
 if TYPE_CHECKING:
@@ -92,11 +96,9 @@ def open_run(
     prompts = open_prompts(config.prompts, seed=config.seed, objectives=list(config.objectives))
     check_objectives_of_prompts(prompts.objective_sets(), config.objectives, source=_prompts_name(config))
     _check_held_out(config, prompts, purpose)
-    if purpose == "train":
-        _check_update(config)
+    _check_update(config, purpose)
     ranks = ranks or Ranks(use_cpu=config.device == "cpu")
-    device_name = "cpu" if config.device == "auto" and launched_for_cpu() else config.device
-    device = choose_device(device_name, index=ranks.device_index)
+    device = choose_device(config.device, index=ranks.device_index)
     check_model(config.model, config.base_dir)
     context = RewardContext(base_dir=config.base_dir, audit_path=audit_path)
     scorer, eval_scorer = _open_scorers(config, context, purpose)
@@ -132,14 +134,49 @@ def build_entropy_bonus(config: EntropyConfig | None) -> EntropyBonus | None:
     )
 
 
-def _check_update(config: RunConfig) -> None:
-    if isinstance(config.update.loss, CustomLossConfig):
-        try:
-            load_custom_loss(config.update.loss.path)
-        except ValueError as exc:
-            raise ConfigError(f"update.loss.path: {exc}") from exc
-    if config.warmup is not None and not config.warmup.path.is_file():
+def _check_update(config: RunConfig, purpose: Purpose) -> None:
+    if isinstance(config.update.loss, CustomLossConfig):  # in an evaluation too: the updater is built there as well
+        _check_custom_loss(config.update.loss, config.base_dir)
+    if purpose == "train" and config.warmup is not None and not config.warmup.path.is_file():
         raise ConfigError(f"warmup.path {config.warmup.path} is no file. Name a JSON-lines file of examples.")
+
+
+def _check_custom_loss(loss: CustomLossConfig, base_dir: Path) -> None:
+    """Load it, and bind its parameters; from here on its module can be imported, as a reward's beside the recipe can.
+
+    Raises:
+        ConfigError: it cannot be found, its module cannot be run, or the parameters do not fit.
+    """
+    _make_local_module_importable(loss.path.partition(":")[0], base_dir)
+    try:
+        function = load_custom_loss(loss.path)
+    except ValueError as exc:
+        raise ConfigError(f"update.loss.path: {exc}") from exc
+    except Exception as exc:  # whatever a module of the user's does when it is run
+        raise ConfigError(
+            f"update.loss.path: the loss {loss.path!r} cannot be loaded, for running its module ends in "
+            f"{type(exc).__name__}: {exc}"
+        ) from exc
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some C callables have none
+        return
+    try:
+        signature.bind(None, **loss.params)
+    except TypeError as exc:
+        raise ConfigError(
+            f"update.loss.params: they do not fit {loss.path}{signature}, which gets a LossInput and the parameters as "
+            f"keyword arguments: {exc}"
+        ) from exc
+
+
+def _make_local_module_importable(module_name: str, base_dir: Path) -> None:
+    top = module_name.partition(".")[0]
+    is_local = (base_dir / f"{top}.py").is_file() or (base_dir / top).is_dir()
+    folder = str(base_dir.resolve())
+    if is_local and folder not in sys.path:
+        sys.path.append(folder)  # last, so that it never shadows an installed package
+        importlib.invalidate_caches()
 
 
 def _prompts_name(config: RunConfig) -> str:
@@ -203,6 +240,10 @@ def _with_model(
     held_out = prompts.held_out(config.eval.num_prompts) if _evaluates(config, purpose) else []
     for prompt in [*to_check, *held_out]:
         encode_prompt(prompt, tokenizer, max_tokens=max_prompt_tokens)
+    if purpose == "train" and config.warmup is not None:
+        load_examples(
+            config.warmup, tokenizer, end_token_ids=params.end_token_ids, context_tokens=context_tokens
+        )  # its rows must be good before anything is written
     policy = Policy(model, config.trainable, seed=derived_seed(config.seed, "adapter"), tokenizer=tokenizer)
     updater = Updater(
         policy,

@@ -18,7 +18,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from grpo.config import BetaConfig, FilePrompts, PromptsConfig, RunConfig, TrainableConfig
+from grpo.config import (
+    BetaConfig,
+    EntropyConfig,
+    FilePrompts,
+    LossConfig,
+    PromptsConfig,
+    RunConfig,
+    TrainableConfig,
+    TruncatedConfig,
+)
 from grpo.errors import ConfigError
 
 
@@ -177,7 +186,14 @@ def _explain_one(item: ErrorDetails) -> str:
     return f"{key} is {item['input']!r}; expected {_expected(item, path)}" + (f". {why}" if why else "")
 
 
-_UNIONS = {"prompts", "beta", "trainable"}
+_UNIONS = {
+    "prompts": PromptsConfig,
+    "beta": BetaConfig,
+    "trainable": TrainableConfig,
+    "loss": LossConfig,
+    "entropy": EntropyConfig,
+    "truncated": TruncatedConfig,
+}
 """Keys that are tagged unions: in an error's location pydantic puts the value of `type` behind them, which is no key
 to a reader of the recipe."""
 
@@ -218,6 +234,8 @@ def _expected(item: ErrorDetails, path: Sequence[str]) -> str:
         return _BOUNDS[kind].format(**context)
     if kind == "string_too_short":
         return "a text that is not empty"
+    if kind == "string_pattern_mismatch":
+        return "package.module:name"
     if kind == "literal_error":
         known = re.findall(r"'([^']*)'", context["expected"])
         return _or(known) + _did_you_mean(item["input"], known)
@@ -234,7 +252,8 @@ def _tags(model: type[BaseModel]) -> tuple[str, ...]:
 
 
 def _or(values: Sequence[str]) -> str:
-    return " or ".join(repr(value) for value in values)
+    *others, last = (repr(value) for value in values)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _did_you_mean(value: object, known: Sequence[str]) -> str:
@@ -259,7 +278,7 @@ def _nearest_key(location: Sequence[str]) -> str:
         return ".".join([*path, close[0]])
     if parents != path and (others := [m for m in _models_at(RunConfig, path) if name in m.model_fields]):
         return f"{'.'.join(path)}.type={_tags(others[0])[0]}, which has it"
-    every = {key.split(".")[-1]: key for key in _all_keys(RunConfig)}
+    every = {key.split(".")[-1]: key for key in reversed(_all_keys(RunConfig))}  # of keys of one name the first
     close = difflib.get_close_matches(name, list(every), n=1, cutoff=0.6)
     return every[close[0]] if close else ""
 
@@ -272,7 +291,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-_TAGS = {tag for union in (PromptsConfig, BetaConfig, TrainableConfig) for m in _models_in(union) for tag in _tags(m)}
+_TAGS = {tag for union in _UNIONS.values() for model in _models_in(union) for tag in _tags(model)}
 
 
 def _models_at(model: type[BaseModel], parents: Sequence[str]) -> list[type[BaseModel]]:

@@ -144,7 +144,11 @@ class Trainer:
                 own=collected.own,
             )
             if self._ranks.sum(batch.num_tokens) == 0:
-                raise TooFewVerdicts(f"step {step}: no completion has a verdict that is trained on; see completions")
+                raise TooFewVerdicts(
+                    f"step {step}: nothing is left to train on: every completion is without a verdict, empty, cut and "
+                    "masked (update.truncated), or of a group of equal scores that is dropped (update.flat_groups = "
+                    "drop; kl_only keeps the step, and rollout.resample_rounds looks for other prompts)"
+                )
             with stopwatch("update"):
                 stats = parts.updater.step(batch, step=step - 1, steps=config.steps)
             with stopwatch("sync"):
@@ -192,7 +196,7 @@ class Trainer:
         if self._observer:
             self._observer.start(title_rows(config, self.parts))
         with interruptions() as interrupted:
-            before = self._before(done)
+            before = self._before(done, checkpoint)
             if checkpoint is None and config.warmup is not None:
                 self._warm_up(config.warmup)
             durations: list[float] = []
@@ -266,7 +270,7 @@ class Trainer:
             if controller.is_stuck
         ]
 
-    def _before(self, done: int) -> list[Answer] | None:
+    def _before(self, done: int, checkpoint: Checkpoint | None) -> list[Answer] | None:
         """Held-out answers of the untrained policy: made now, or read back in a resumed run."""
         if not self.config.eval.before:
             return None
@@ -274,7 +278,7 @@ class Trainer:
         saved = {entry["id"]: entry for entry in self._read_eval().get("answers", {}).get("before", [])}
         if saved.keys() == {prompt.id for prompt in prompts}:
             return [_answer_from(saved[prompt.id], prompt) for prompt in prompts]
-        if done == 0:
+        if done == 0 and (checkpoint is None or self.config.warmup is None):  # step 0 of others is the warmed-up model
             return self._evaluate("before", None)
         why = (
             f"the answers before training are to {len(saved)} held-out prompts, now there are {len(prompts)} or others"

@@ -66,7 +66,8 @@ def make_display(
     """The display that fits where the output goes: live on a terminal, plain in a pipe, a file or a dumb terminal.
 
     Args:
-        bands: objective -> (low, high) its beta controller holds the KL in, None without a band; in display order.
+        bands: objective -> (low, high) its beta controller holds the KL in, a target being both; None where it holds
+            nothing; in display order.
         observed: objective -> name of the metric that its controller observes (`metrics.observed_kl_name`).
         console: where to print; standard output by default.
     """
@@ -80,8 +81,8 @@ def make_display(
 
 
 def band_position(kl: float | None, band: Band | None) -> str | None:
-    """ "lo" (below the band), "in" or "hi" (above it); None where one of the two is missing."""
-    if kl is None or kl != kl or band is None:  # NaN is in no band
+    """ "lo" (below the band), "in" or "hi" (above it); None where one of the two is missing, and for a target."""
+    if kl is None or kl != kl or band is None or band[0] == band[1]:  # NaN is in no band; nothing is inside a target
         return None
     return "lo" if kl < band[0] else "hi" if kl > band[1] else "in"
 
@@ -252,7 +253,7 @@ class LiveDisplay(_Printed):
                 Text(self._safe(objective)),
                 _number(row.get(names.reward_mean_name(objective)), ".3f"),
                 _kl_cell(self._observed_kl(row, objective), band),
-                f"{band[0]:g} to {band[1]:g}" if band else _MISSING,
+                _band_cell(band),
                 _number(row.get(names.beta_name(objective)), ".4f"),
                 _number(row.get(names.length_mean_name(objective)), ".0f"),
                 _number(row.get(names.unscored_frac_name(objective)), ".0%"),
@@ -266,6 +267,12 @@ def _kl_cell(kl: float | None, band: Band | None) -> Text:
         return Text(_number(kl, ".4f"))
     word, style = {"in": ("inside", "green"), "lo": ("below", "cyan"), "hi": ("above", "bold red")}[position]
     return Text(f"{_number(kl, '.4f')} {word}", style=style)  # the word too: colour alone does not reach everyone
+
+
+def _band_cell(band: Band | None) -> str:
+    if band is None:
+        return _MISSING
+    return f"{band[0]:g} to {band[1]:g}" if band[0] < band[1] else f"target {band[0]:g}"
 
 
 def _tokens_per_s(row: Row) -> float | None:

@@ -32,10 +32,18 @@ _MARKER_STEPS = 60  # up to here a dot a step stays readable, and a lone step be
 
 
 def band_of(beta: Mapping[str, Any] | None) -> tuple[float, float] | None:
-    """(low, high) that the beta controller of a resolved config holds the observed KL in; None where it has no band."""
-    if not beta or beta.get("low") is None or beta.get("high") is None:
-        return None
-    return float(beta["low"]), float(beta["high"])
+    """(low, high) that the beta controller of a resolved config holds the observed KL in: a band, or a target twice.
+
+    None where it holds nothing.
+    """
+    beta = beta or {}
+    low, high = (beta.get("target"),) * 2 if beta.get("target") is not None else (beta.get("low"), beta.get("high"))
+    return None if low is None or high is None else (float(low), float(high))
+
+
+def band_text(band: tuple[float, float]) -> str:
+    """A band, or a target, in words."""
+    return f"target {band[0]:g}" if band[0] == band[1] else f"band {band[0]:g} to {band[1]:g}"
 
 
 def objectives_of(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -118,7 +126,7 @@ def _kl_figure(metrics: Sequence[Row], config: Mapping[str, Any]) -> Figure | No
         observed = names.observed_kl_name(objective, beta.get("observe"))
         band = band_of(beta)
         if band is not None:
-            _shade(ax, band, _BAND, f"band {band[0]:g} to {band[1]:g}", gid=f"band-{objective}")
+            _shade(ax, band, _BAND, band_text(band), gid=f"band-{objective}")
         for name, label in (
             (names.kl_name(objective), "KL(policy ‖ reference)"),
             (names.kl_penalty_name(objective), "penalty"),
@@ -237,13 +245,13 @@ def _draw_shared_kl(ax: Axes, metrics: Sequence[Row], config: Mapping[str, Any])
         if objective not in bands or (is_one_band and objective != next(iter(bands))):
             continue
         band = bands[objective]
-        label = f"band {band[0]:g} to {band[1]:g}" if is_one_band else f"band of {_plain(objective)}"
+        label = band_text(band) if is_one_band else f"{band_text(band).split()[0]} of {_plain(objective)}"
         _shade(ax, band, _BAND if is_one_band else color, label, gid=f"band-{objective}")
     for (objective, section), color in zip(objectives.items(), colors, strict=True):
         observed = names.observed_kl_name(objective, (section.get("beta") or {}).get("observe"))
         label = f"{_plain(objective)} (penalty)" if observed.endswith("/penalty") else _plain(objective)
         _line(ax, _steps(metrics), _series(metrics, observed), color=color, label=label)
-    ax.set_title("KL to the reference, and the band beta holds it in")
+    ax.set_title("KL to the reference, and where beta holds it")
     ax.set_ylabel("nats per token")
 
 
@@ -350,6 +358,9 @@ def _line(ax: Axes, steps: Series, values: Series, *, label: str | None, linewid
 
 
 def _shade(ax: Axes, band: tuple[float, float], color: str, label: str, *, gid: str) -> None:
+    if band[0] == band[1]:  # a target: a band without height would not be seen
+        ax.axhline(band[0], color=color, linewidth=1.6, alpha=0.9, label=label, gid=gid)
+        return
     ax.axhspan(*band, facecolor=color, alpha=0.22, linewidth=0, label=label, gid=gid)
     for edge in band:
         ax.axhline(edge, color=color, linewidth=0.8, alpha=0.8)

@@ -19,7 +19,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from grpo import metrics as names
-from grpo.diagnostics.plots import band_of, objectives_of, run_figures
+from grpo.diagnostics.plots import band_of, band_text, objectives_of, run_figures
 from grpo.diagnostics.printable import printable
 from grpo.errors import InputError
 
@@ -29,7 +29,7 @@ _TEXT_SHOWN = 4000  # characters of one prompt or completion
 
 _CAPTIONS = {
     "reward": "Reward of each objective: mean over the step's completions, with one standard deviation around it.",
-    "kl": "KL to the reference. The shaded band is where the controller holds the quantity that it observes.",
+    "kl": "KL to the reference. The shaded band, or the grey line, is where the controller holds what it observes.",
     "beta": "Weight of the KL penalty of each objective.",
     "length": "Completion length, in tokens.",
     "truncated": "Share of completions that were cut at rollout.max_new_tokens.",
@@ -130,12 +130,19 @@ def _read_completions(path: Path) -> CompletionsShown:
     for step, rows_of_step in groupby(lines, key=lambda row: int(row.get("step") or 0)):
         rows = list(rows_of_step)
         groups = _by_prompt(rows)
+        trained_on = [row for row in rows if not _is_replaced(row)]
         if latest_step is None or step >= latest_step:
             latest_step, latest = step, groups
         first_of_step.setdefault(step, rows[0])
-        batch = max(batch or (0, 0), (len(rows), len(groups)))  # a step cut short by a kill is not the largest
+        size = (len(trained_on), len(_by_prompt(trained_on)))
+        batch = max(batch or (0, 0), size) if trained_on else batch  # a step cut short by a kill is not the largest
     samples = [first_of_step[step] for step in _spread(sorted(first_of_step), _SAMPLES_SHOWN)]
     return CompletionsShown(latest_step=latest_step, groups=latest, samples=samples, batch=batch)
+
+
+def _is_replaced(row: Mapping[str, Any]) -> bool:
+    """Whether dynamic sampling took another group in its place: it was scored, but has no advantage."""
+    return "advantage" in row and row["advantage"] is None
 
 
 def _by_prompt(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -163,6 +170,9 @@ def _facts(
     steps = str(done) if planned is None else f"{done} of {planned}"
     if planned is not None and done < int(planned):
         steps += " (interrupted, or still running)" if done else " (no training step yet)"
+    skipped = sum(bool(row.get(names.SKIPPED)) for row in metrics)
+    if skipped:
+        steps += f", {skipped} skipped for numbers that were not finite"
     return [
         ("model", str(config.get("model", "missing"))),
         ("grpo-toolkit (this report)", _version()),
@@ -247,7 +257,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=_number, interval=_interval, shown=_shown)
+    environment.filters.update(number=_number, interval=_interval, shown=_shown, band=band_text)
+    environment.tests.update(replaced=_is_replaced)
     return environment
 
 

@@ -86,6 +86,18 @@ BELOW_ITS_BOUND = [
     ({"optim": {"learning_rate": 1e-4, "betas": [0.9, 1]}}, "optim.betas.1 is 1; expected a number below 1"),
     ({"eval": {"num_prompts": 1}}, "eval.num_prompts is 1; expected a number of at least 2"),
     ({"checkpoint": {"keep": 0}}, "checkpoint.keep is 0; expected a number of at least 1"),
+    ({"rollout": {"min_p": 1}}, "rollout.min_p is 1; expected a number below 1"),
+    ({"rollout": {"resample_rounds": -1}}, "rollout.resample_rounds is -1; expected a number of at least 0"),
+    ({"update": {"iterations": 0}}, "update.iterations is 0; expected a number of at least 1"),
+    ({"update": {"max_non_finite_steps": 0}}, "update.max_non_finite_steps is 0; expected a number of at least 1"),
+    ({"update": {"kl": {"max_log_ratio": 51}}}, "update.kl.max_log_ratio is 51; expected a number of at most 50"),
+    ({"update": {"correction": {"high": 1}}}, "update.correction.high is 1; expected a number above 1"),
+    ({"update": {"gradients": {"cosine_every": -1}}}, "update.gradients.cosine_every is -1; expected a number of at"),
+    ({"update": {"loss": {"type": "cispo", "max_ratio": 1}}}, "update.loss.max_ratio is 1; expected a number above 1"),
+    (
+        {"optim": {"learning_rate": 1e-4, "rules": [{"pattern": "", "factor": 1}]}},
+        "optim.rules.0.pattern is ''; expected a text that is not empty",
+    ),
     ({"model": ""}, "model is ''; expected a text that is not empty"),
     ({"objectives": {}}, "objectives is {}; expected at least 1 of them"),
     ({"prompts": {"type": "tasks", "names": []}}, "prompts.names is []; expected at least 1 of them"),
@@ -120,8 +132,25 @@ WRONG_KIND = [
         {"trainable": {"type": "lora", "modules": 3}},
         "trainable.modules is 3; expected 'all-linear', or a list of module names",
     ),
-    ({"dtype": "bfloat"}, "dtype is 'bfloat'; expected 'auto' or 'bfloat16' or 'float32'; did you mean 'bfloat16'?"),
-    ({"update": {"kl": {"estimator": "k1"}}}, "update.kl.estimator is 'k1'; expected 'clamped' or 'k3'"),
+    ({"dtype": "bfloat"}, "dtype is 'bfloat'; expected 'auto', 'bfloat16' or 'float32'; did you mean 'bfloat16'?"),
+    (
+        {"update": {"kl": {"estimator": "k4"}}},
+        "update.kl.estimator is 'k4'; expected 'clamped', 'k1', 'k2', 'k3', 'k3+' or 'abs'",
+    ),
+    (
+        {"update": {"loss": {"type": "custom", "path": "my_loss"}}},
+        "update.loss.path is 'my_loss'; expected package.module:name",
+    ),
+    (
+        {"update": {"gradients": {"method": "average"}}},
+        "update.gradients.method is 'average'; expected 'sum', 'pcgrad', 'cagrad' or 'mgda'",
+    ),
+    (
+        {"warmup": {"path": "w.jsonl", "steps": 1, "learning_rate": True}},
+        "warmup: learning_rate is True; expected a number",
+    ),
+    ({"update": {"flat_groups": "kl"}}, "update.flat_groups is 'kl'; expected 'kl_only' or 'drop'"),
+    ({"update": {"entropy": 3}}, "update.entropy is 3; expected keys and values"),
 ]
 
 
@@ -190,3 +219,97 @@ def test_an_end_needs_a_token_after_the_minimum() -> None:
         rollout=rollout
     )
     assert parse(rollout={"min_new_tokens": 7, "max_new_tokens": 8}).rollout.min_new_tokens == 7
+
+
+@pytest.mark.parametrize("kind", ["proportional", "dual"])
+def test_a_target_is_needed_and_lies_above_zero_and_every_adaptive_beta_starts_inside_its_bounds(kind: str) -> None:
+    def error(**changes: Any) -> str:
+        return error_of(objectives=make_objective(beta={"type": kind, **changes}))
+
+    assert error() == "recipe r.yaml: objectives.brevity.beta.target is missing"
+    assert error(target=0) == "recipe r.yaml: objectives.brevity.beta.target is 0; expected a number above 0"
+    assert error(target=0.1, initial=1e-5).endswith("beta: initial = 1e-05 lies outside [0.0001, 10.0]")
+    assert error(target=0.1, alarm_after=0).endswith("beta.alarm_after is 0; expected a number of at least 1")
+    parsed = parse(objectives=make_objective(beta={"type": kind, "target": 0.1, "observe": "penalty"}))
+    assert parsed.objectives["brevity"].beta.observed == "penalty"
+
+
+ALLOWED_KL = [
+    {},
+    {"estimator": "k3"},
+    {"estimator": "k1", "kl_correction": "ratio"},
+    {"estimator": "k3", "kl_correction": "ratio"},
+    {"estimator": "k1", "kl_in": "reward"},
+]
+REFUSED_KL = [
+    ({"kl_correction": "ratio"}, "kl_correction = ratio is exact for k1 and k3 only, not for clamped; set none"),
+    ({"kl_correction": "ratio", "estimator": "k3+"}, "exact for k1 and k3 only, not for k3+; set none"),
+    ({"kl_in": "reward"}, "kl_in = reward takes the log-ratio off the advantage: set estimator = k1, no correction"),
+    ({"kl_in": "reward", "estimator": "k1", "kl_correction": "ratio"}, "set estimator = k1, no correction"),
+    ({"estimator": "k1"}, "k1 in the loss has expected gradient zero: set kl_correction = ratio, or kl_in = reward"),
+]
+
+
+@pytest.mark.parametrize("kl", ALLOWED_KL, ids=str)
+def test_a_kl_whose_gradient_pulls_to_the_reference_is_accepted(kl: dict[str, Any]) -> None:
+    assert parse(update={"kl": kl}).update.kl.model_dump().items() >= kl.items()
+
+
+@pytest.mark.parametrize(("kl", "why"), REFUSED_KL, ids=[str(kl) for kl, _ in REFUSED_KL])
+def test_a_kl_without_a_right_gradient_is_refused_with_what_to_set(kl: dict[str, Any], why: str) -> None:
+    message = error_of(update={"kl": kl})
+    assert message.startswith("recipe r.yaml: update.kl: ")
+    assert why in message
+
+
+def test_dual_clip_lies_outside_the_upper_clip() -> None:
+    for delta in (1.1, 1.2):
+        assert f"update.loss: delta = {delta} must be above 1 + clip_high = 1.2" in error_of(
+            update={"loss": {"type": "dapo", "delta": delta}}
+        )
+    assert parse(update={"loss": {"type": "dapo", "delta": 1.25}}).update.loss.model_dump()["delta"] == 1.25
+
+
+def test_an_adaptive_entropy_bonus_starts_at_or_below_its_maximum() -> None:
+    entropy = {"type": "adaptive", "target": 1.0, "maximum": 0.02}
+    assert "update.entropy: initial = 0.03 lies above maximum = 0.02" in error_of(
+        update={"entropy": {**entropy, "initial": 0.03}}
+    )
+    bonus = parse(update={"entropy": {**entropy, "initial": 0.02}}).update.entropy
+    assert bonus is not None
+    assert bonus.type == "adaptive"
+    assert bonus.initial == 0.02
+
+
+@pytest.mark.parametrize("gradients", [{"method": "pcgrad"}, {"method": "mgda"}, {"cosine_every": 5}], ids=str)
+def test_a_custom_loss_cannot_be_taken_apart_by_objectives(gradients: dict[str, Any]) -> None:
+    loss = {"type": "custom", "path": "my_losses:mine"}
+    assert "update: a custom loss cannot be taken apart by objectives" in error_of(
+        update={"loss": loss, "gradients": gradients}
+    )
+    assert parse(update={"loss": loss}).update.gradients.method == "sum"
+    assert parse(update={"gradients": gradients}).update.loss.type == "dapo"
+
+
+def test_scores_are_divided_by_their_spread_except_under_dr_grpo_and_where_the_recipe_says_so() -> None:
+    scales = {
+        parse(update={"loss": {"type": kind}}).update.score_scale: kind for kind in ("dapo", "gspo", "grpo", "dr_grpo")
+    }
+    assert scales == {"group": "grpo", "none": "dr_grpo"}
+    assert parse(update={"loss": {"type": "dr_grpo"}, "scale": "batch"}).update.score_scale == "batch"
+
+
+@pytest.mark.parametrize(("mode", "bound"), [("truncate", 2.0), ("mask", 5.0)])
+def test_a_rollout_correction_has_the_bound_of_its_mode_unless_it_names_one(mode: str, bound: float) -> None:
+    for high, expected in ((None, bound), (3.0, 3.0)):
+        correction = parse(update={"correction": {"mode": mode, "high": high}}).update.correction
+        assert correction is not None
+        assert correction.bound == expected
+
+
+def test_a_warm_ups_micro_batch_divides_its_batch() -> None:
+    warmup = {"path": "w.jsonl", "steps": 1, "learning_rate": 1e-3, "batch_size": 6}
+    assert "warmup: micro_batch_size = 4 does not divide 6" in error_of(warmup={**warmup, "micro_batch_size": 4})
+    parsed = parse(warmup={**warmup, "micro_batch_size": 3}).warmup
+    assert parsed is not None
+    assert parsed.path == Path("/recipes/w.jsonl")  # beside the recipe

@@ -231,3 +231,30 @@ def test_finish_without_an_evaluation_prints_the_paths_unbroken() -> None:
     path = "/a/very/long/" + "x" * 200
     screen.display.finish(None, None, [("run", path)])
     assert screen.raw == f"run: {path}\n"
+
+
+def test_a_target_has_no_inside_and_is_shown_as_a_target() -> None:
+    for is_terminal in (True, False):
+        screen = Screen(is_terminal=is_terminal, bands={"fairness": (0.05, 0.05)})
+        with screen.display as display:
+            display.step(ROW, total_steps=30, seconds_left=1)
+        if is_terminal:
+            assert screen.row_of("fairness")[2:4] == ["0.0310", "target 0.05"]
+        else:
+            assert "kl=0.0310 " in screen.text
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_skipped_step_without_gradient_and_kl_shows_dashes(is_terminal: bool) -> None:
+    screen = Screen(is_terminal=is_terminal)
+    row = {name: value for name, value in ROW.items() if not name.startswith("kl/")}
+    with screen.display as display:
+        display.step({**row, "grad_norm": None, "update/skipped": 1}, total_steps=30, seconds_left=1)
+        display.warn("step 12 was skipped")
+    assert "warning: step 12 was skipped" in screen.text
+    if is_terminal:
+        assert screen.row_of("fairness")[2] == "-"
+        assert "grad norm -" in screen.text
+    else:
+        assert "kl=- " in screen.text
+        assert screen.text.splitlines()[0].endswith("grad=-")

@@ -9,16 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.config import BandBetaConfig, FixedBetaConfig, ObjectiveConfig
+from grpo.config import (
+    BandBetaConfig,
+    BetaConfig,
+    DualBetaConfig,
+    FixedBetaConfig,
+    ObjectiveConfig,
+    ObservedKl,
+    ProportionalBetaConfig,
+)
 from grpo.errors import ConfigError
-from grpo.objectives import build_objectives, check_objectives_of_prompts, weighted_sum
+from grpo.objectives import build_objectives, check_objectives_of_prompts, held_kl, weighted_sum
 from rewards.base import RewardContext
 from rewards.config import RewardSpec
 
 
 def make_config(
     *names: str,
-    beta: BandBetaConfig | FixedBetaConfig | None = None,
+    beta: BetaConfig | None = None,
     weight: float = 1.0,
     eval_rewards: tuple[RewardSpec, ...] | None = None,
 ) -> ObjectiveConfig:
@@ -30,8 +38,16 @@ def make_config(
     )
 
 
-def banded(low: float, high: float, observe: str = "k3") -> ObjectiveConfig:
-    return make_config(beta=BandBetaConfig(low=low, high=high, observe=observe))  # pyright: ignore[reportArgumentType]
+def banded(low: float, high: float, observe: ObservedKl = "k3") -> ObjectiveConfig:
+    return make_config(beta=BandBetaConfig(low=low, high=high, observe=observe))
+
+
+def dual(target: float, observe: ObservedKl = "k3") -> ObjectiveConfig:
+    return make_config(beta=DualBetaConfig(type="dual", target=target, observe=observe))
+
+
+def proportional(target: float, observe: ObservedKl = "k3") -> ObjectiveConfig:
+    return make_config(beta=ProportionalBetaConfig(type="proportional", target=target, observe=observe))
 
 
 # Scores
@@ -155,3 +171,46 @@ def test_bands_of_different_quantities_are_refused_on_shared_rows() -> None:
 def test_a_fixed_beta_meets_every_band() -> None:
     configs = {"fair": banded(0.02, 0.06), "true": make_config()}
     check_objectives_of_prompts([("fair", "true")], configs, source="data.jsonl")
+
+
+def test_what_a_controller_holds_is_its_band_or_its_target_and_a_fixed_beta_holds_nothing() -> None:
+    held = [held_kl(config.beta) for config in (banded(0.02, 0.06), dual(0.05), proportional(0.1), make_config())]
+    assert held == [(0.02, 0.06), (0.05, 0.05), (0.1, 0.1), None]
+
+
+MEET = {
+    "equal targets": (dual(0.05), proportional(0.05)),
+    "a target inside a band": (proportional(0.05), banded(0.02, 0.06)),
+    "a target on a band's edge": (banded(0.02, 0.06), dual(0.06)),
+    "a target inside two bands": (banded(0.02, 0.06), dual(0.05), banded(0.04, 0.1)),
+    "penalties": (dual(0.05, "penalty"), banded(0.02, 0.06, "penalty")),
+    "one target and fixed betas": (dual(0.05), make_config(), make_config()),
+}
+APART = {
+    "other targets": ((dual(0.05), dual(0.06)), r"their targets do not meet: o0 0\.05 of k3, o1 0\.06 of k3"),
+    "a target outside a band": (
+        (banded(0.02, 0.06), proportional(0.07)),
+        r"their bands and targets do not meet: o0 \[0\.02, 0\.06\] of k3, o1 0\.07 of k3",
+    ),
+    "a target inside one of two bands": ((banded(0.0, 0.06), dual(0.05), banded(0.055, 0.1)), "bands and targets"),
+    "equal targets of different quantities": (
+        (dual(0.05), proportional(0.05, "penalty")),
+        r"targets do not meet: o0 0\.05 of k3, o1 0\.05 of penalty",
+    ),
+    "a fixed beta between them": ((dual(0.05), make_config(), dual(0.06)), "o0 0.05 of k3, o2 0.06 of k3"),
+}
+
+
+@pytest.mark.parametrize("case", MEET)
+def test_controllers_that_can_all_rest_at_one_kl_may_share_rows(case: str) -> None:
+    configs = {f"o{number}": config for number, config in enumerate(MEET[case])}
+    check_objectives_of_prompts([tuple(configs)], configs, source="data.jsonl")
+
+
+@pytest.mark.parametrize("case", APART)
+def test_controllers_that_no_kl_suits_may_not_share_rows_but_may_have_rows_of_their_own(case: str) -> None:
+    found, message = APART[case]
+    configs = {f"o{number}": config for number, config in enumerate(found)}
+    with pytest.raises(ConfigError, match=message):
+        check_objectives_of_prompts([tuple(configs)], configs, source="data.jsonl")
+    check_objectives_of_prompts([(name,) for name in configs], configs, source="data.jsonl")

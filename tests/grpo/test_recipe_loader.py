@@ -86,6 +86,39 @@ NEAREST = [
         "objectives.brevity.beta.low",
         "objectives.brevity.beta.type=band, which has it",
     ),
+    (
+        "objectives.brevity.beta={type: dual, target: 0.1, horizon: 3}",
+        "objectives.brevity.beta.horizon",
+        "objectives.brevity.beta.type=proportional, which has it",
+    ),
+    ("update.loss={type: gspo, clip_lo: 0.1}", "update.loss.clip_lo", "update.loss.clip_low"),
+    ("update.loss={type: cispo, clip_low: 0.1}", "update.loss.clip_low", "update.loss.type=dapo, which has it"),
+    (
+        "update.loss={type: sapo, temprature_positive: 1}",
+        "update.loss.temprature_positive",
+        "update.loss.temperature_positive",
+    ),
+    (
+        "update.entropy={type: fixed, coefficient: 1, target: 1}",
+        "update.entropy.target",
+        "update.entropy.type=adaptive, which has it",
+    ),
+    ("update.entropy={type: adaptive, target: 1, stepp: 1}", "update.entropy.stepp", "update.entropy.step"),
+    ("update.truncated={type: mask, in_base: true}", "update.truncated.in_base", "update.truncated.in_baseline"),
+    (
+        "update.truncated={type: mask, buffer_tokens: 3}",
+        "update.truncated.buffer_tokens",
+        "update.truncated.type=penalty, which has it",
+    ),
+    ("update.correction={levle: token}", "update.correction.levle", "update.correction.level"),
+    ("update.gradients.cosine_evry=1", "update.gradients.cosine_evry", "update.gradients.cosine_every"),
+    ("optim.rules=[{pattern: a, factor: 1, fcator: 1}]", "optim.rules.0.fcator", "optim.rules.0.factor"),
+    (
+        "warmup={path: w, steps: 1, learning_rate: 1, batchsize: 1}",
+        "warmup.batchsize",
+        "warmup.batch_size",
+    ),
+    ("rollout.learning_rate=1", "rollout.learning_rate", "optim.learning_rate"),  # and not warmup's
 ]
 
 
@@ -106,11 +139,23 @@ def test_an_unknown_key_far_from_all_known_ones_gets_no_guess(tmp_path: Path) ->
     [
         ("trainable={rank: 8}", "trainable.type is missing; expected 'lora' or 'full'"),
         ("trainable={type: lorra}", "trainable.type is 'lorra'; expected 'lora' or 'full'; did you mean 'lora'?"),
-        ("prompts={type: flie}", "prompts.type is 'flie'; expected 'tasks' or 'file' or 'hub'; did you mean 'file'?"),
+        ("prompts={type: flie}", "prompts.type is 'flie'; expected 'tasks', 'file' or 'hub'; did you mean 'file'?"),
         (
             "objectives.brevity.beta={low: 0.1, high: 0.2}",
-            "objectives.brevity.beta.type is missing; expected 'fixed' or 'band'",
+            "objectives.brevity.beta.type is missing; expected 'fixed', 'band', 'proportional' or 'dual'",
         ),
+        (
+            "update.loss={type: spao}",
+            "update.loss.type is 'spao'; expected 'dapo', 'grpo', 'bnpo', 'dr_grpo', 'gspo', 'cispo', 'sapo' or "
+            "'custom'; did you mean 'sapo'?",
+        ),
+        (
+            "update.loss.delta=3",
+            "update.loss.type is missing; expected 'dapo', 'grpo', 'bnpo', 'dr_grpo', 'gspo', "
+            "'cispo', 'sapo' or 'custom'",
+        ),
+        ("update.entropy={coefficient: 1}", "update.entropy.type is missing; expected 'fixed' or 'adaptive'"),
+        ("update.truncated={type: drop}", "update.truncated.type is 'drop'; expected 'keep', 'mask' or 'penalty'"),
     ],
 )
 def test_a_choice_without_a_known_type_is_answered_with_the_types(override: str, expected: str, tmp_path: Path) -> None:
@@ -230,9 +275,22 @@ def test_absolute_paths_stay_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "prompts", ["{type: tasks, names: [fairness]}", "{type: hub, name: a/b}", "{type: file, path: d}"]
 )
-@pytest.mark.parametrize("trainable", ["{type: full}", "{type: lora, modules: [q_proj]}"])
-def test_a_dumped_config_loads_as_the_same_config(prompts: str, trainable: str, tmp_path: Path) -> None:
-    config = load(tmp_path, f"prompts={prompts}", f"trainable={trainable}", "rollout.end_tokens=[7, '<end>']")
+@pytest.mark.parametrize(
+    "others",
+    [
+        ["trainable={type: full}", "update.entropy={type: fixed, coefficient: 0.1}", "update.truncated={type: mask}"],
+        [
+            "trainable={type: lora, modules: [q_proj]}",
+            "objectives.brevity.beta={type: dual, target: 0.1}",
+            "update.loss={type: custom, path: 'a:b', params: {x: [1, {y: z}]}}",
+            "optim.rules=[{pattern: lora_B, factor: 16}]",
+            "warmup={path: w.jsonl, steps: 3, learning_rate: 1e-3}",
+        ],
+    ],
+    ids=["full", "lora"],
+)
+def test_a_dumped_config_loads_as_the_same_config(prompts: str, others: list[str], tmp_path: Path) -> None:
+    config = load(tmp_path, f"prompts={prompts}", *others, "rollout.end_tokens=[7, '<end>']")
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")

@@ -212,6 +212,43 @@ def test_band_of_a_fixed_beta_is_none() -> None:
     assert band_of({"type": "band", "low": 0.02, "high": 0.06}) == (0.02, 0.06)
 
 
+@pytest.mark.parametrize("kind", ["proportional", "dual"])
+def test_a_target_is_drawn_as_one_line_and_said_to_be_one(kind: str, tmp_path: Path) -> None:
+    config = make_config()
+    config["objectives"]["fairness"]["beta"] = {"type": kind, "target": 0.05, "observe": "k3"}
+    rows = [make_row(step) for step in range(1, 4)]
+    assert band_of(config["objectives"]["fairness"]["beta"]) == (0.05, 0.05)
+    svg = run_figures(rows, config)["kl"].decode()
+    assert "<!-- target 0.05 -->" in svg
+    assert svg.count("observed by beta -->") == 1
+    line = re.search(r'<g id="band-fairness">\s*<path d="([^"]*)"', svg)
+    assert line is not None
+    assert len(set(re.findall(r"[ML] \S+ (\S+)", line[1]))) == 1  # level
+    write_run(tmp_path, rows=rows)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert read_report(tmp_path).tables["last-step"][1][5] == "target 0.05"
+    assert readme_figure(rows, config, None)
+
+
+def test_skipped_steps_are_gaps_in_the_lines_and_counted_in_the_report(tmp_path: Path) -> None:
+    skipped = {"step": 2, "grad_norm": None, "update/skipped": 1, "time/step_s": 7.0, "beta/fairness": 0.02}
+    rows = [make_row(1, update__skipped=0), skipped]
+    page = read_report(write_run(tmp_path, rows=rows))
+    assert "2 of 6 (interrupted, or still running), 1 skipped for numbers that were not finite" in page.text
+    assert page.tables["last-step"][1][3:5] == ["missing", "missing"]  # KL and penalty of the skipped step
+    only_skipped = run_figures([skipped], make_config())
+    assert "kl" not in only_skipped
+    assert "grad_norm" not in only_skipped
+
+
+def test_groups_that_dynamic_sampling_replaced_are_no_part_of_the_batch_and_marked(tmp_path: Path) -> None:
+    trained = [make_completion(1, prompt, index) for prompt in range(2) for index in range(2)]
+    replaced = [make_completion(1, 2, index, advantage=None) for index in range(2)]
+    page = read_report(write_run(tmp_path, rows=[make_row(1)], completions=trained + replaced))
+    assert "2 prompts x 2 completions = 4 a step" in page.text
+    assert page.text.count("not trained on") == 2
+
+
 @pytest.mark.parametrize("evaluation", [EVAL, {"after": EVAL["after"]}, None])
 def test_readme_figure_is_a_wide_png_with_or_without_an_evaluation(evaluation: dict[str, Any] | None) -> None:
     png = readme_figure([make_row(step) for step in range(1, 7)], make_config(), evaluation)
