@@ -30,7 +30,7 @@ from grpo.prompts import EncodedPrompt, PromptSource, encode_prompt, open_prompt
 from grpo.rollout.base import RolloutEngine, SamplingParams
 from grpo.rollout.transformers_engine import TransformersEngine
 from grpo.runtime.devices import choose_device, choose_dtype
-from grpo.runtime.distributed import Ranks
+from grpo.runtime.distributed import Ranks, launched_for_cpu
 from grpo.runtime.models import check_model, end_token_ids, load_model, load_tokenizer
 from grpo.runtime.policy import Policy
 from grpo.runtime.seeding import derived_seed
@@ -98,7 +98,8 @@ def open_run(
     _check_held_out(config, prompts, purpose)
     _check_update(config, purpose)
     ranks = ranks or Ranks(use_cpu=config.device == "cpu")
-    device = choose_device(config.device, index=ranks.device_index)
+    device_name = "cpu" if config.device == "auto" and launched_for_cpu() else config.device
+    device = choose_device(device_name, index=ranks.device_index)
     check_model(config.model, config.base_dir)
     context = RewardContext(base_dir=config.base_dir, audit_path=audit_path)
     scorer, eval_scorer = _open_scorers(config, context, purpose)
