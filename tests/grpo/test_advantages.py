@@ -392,6 +392,39 @@ def test_opposite_objectives_of_equal_weight_cancel_in_summed_mode() -> None:
     assert got.is_flat.tolist() == [[True, True]]
 
 
+@pytest.mark.parametrize("combine", COMBINES)
+def test_the_shares_of_three_objectives_are_their_parts_of_the_combined_advantage(combine: Combine) -> None:
+    scores = torch.tensor([[[1.0, 0.0, 4.0], [0.0, 2.0, 0.0]]], dtype=torch.float64)
+    weights = torch.tensor([1.0, 0.5, 0.25])
+    got = group_advantages(scores, weights, combine=combine, scale="none")
+    # 1 * +-0.5, 0.5 * -+1, 0.25 * +-2: together +-0.5, whose std over two rows is 0.7071068
+    factor = 1.0 if combine == "summed" else 1 / 0.7072068
+    expected = torch.tensor([[[0.5, -0.5, 0.5], [-0.5, 0.5, -0.5]]], dtype=torch.float64) * factor
+    torch.testing.assert_close(got.shares(weights), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got.shares(weights).sum(dim=-1), got.combined)
+
+
+@pytest.mark.parametrize(("combine", "scale"), MODES)
+@settings(max_examples=40, deadline=None)
+@given(case=batches())
+def test_the_shares_add_up_and_are_0_without_a_verdict(combine: Combine, scale: Scale, case: Case) -> None:
+    weights = torch.tensor(case.weights, dtype=torch.float64)
+    got = group_advantages(
+        tensor_of(case.scores), weights, combine=combine, scale=scale, applies=torch.tensor(case.applies)
+    )
+    shares = got.shares(weights)
+    torch.testing.assert_close(shares.sum(dim=-1), got.combined, rtol=1e-9, atol=1e-9)
+    assert shares[~got.valid].count_nonzero() == 0
+
+
+def test_in_summed_mode_a_share_is_divided_by_the_sums_spread_and_not_by_its_own() -> None:
+    scores = torch.tensor([[[1.0, 0.0], [0.0, 3.0]]], dtype=torch.float64)
+    got = group_advantages(scores, torch.ones(2), combine="summed", scale="group")
+    # sums 1 and 3: +-1 around 2, std sqrt(2); of a: +-0.5, of b: -+1.5
+    expected = torch.tensor([[[0.5, -1.5], [-0.5, 1.5]]], dtype=torch.float64) / (math.sqrt(2) + EPS)
+    torch.testing.assert_close(got.shares(torch.ones(2)), expected, rtol=1e-9, atol=0)
+
+
 # Records and refusals
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from builders import make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.batching import MicroBatch, TrainBatch, score_tensor
+from grpo.advantages import Combine
+from grpo.batching import MicroBatch, TrainBatch, overlong_penalty, score_tensor, teaches_something
+from grpo.config import TruncatedConfig, TruncatedMask, TruncatedPenalty
 from grpo.types import Completion, Message, Prompt, RolloutGroup, ScoredGroup, Verdict
 
 Scores = Mapping[str, float | None]
@@ -230,3 +233,205 @@ def test_the_sampler_logprobs_are_float32_and_the_ids_int64() -> None:
 def test_a_score_that_is_infinite_stops_the_batch() -> None:
     with pytest.raises(ValueError, match="infinite"):
         batch_of(make_group([{"a": math.inf}, {"a": 0.0}]))
+
+
+# Ragged groups
+
+
+def test_groups_of_different_sizes_are_each_centred_over_their_own_rows() -> None:
+    batch = batch_of(
+        make_group([{"a": 1.0}, {"a": 0.0}]),
+        make_group([{"a": 0.0}, {"a": 0.0}, {"a": 3.0}], number=1),
+        make_group([{"a": 7.0}], number=2),
+    )
+    # means 0.5, 1 and none: one row has nobody to be compared with
+    found = {row[1][0]: row[3] for row in rows_of(batch)}
+    assert found == {1: 0.5, 101: -0.5, 1001: -1.0, 1101: -1.0, 1201: 2.0, 2001: 0.0}
+    assert batch.advantages.combined.tolist() == [[0.5, -0.5, 0.0], [-1.0, -1.0, 2.0], [0.0, 0.0, 0.0]]
+    assert batch.advantages.valid[..., 0].tolist() == [[True, True, False], [True] * 3, [True, False, False]]
+    assert batch.num_rows == 6
+
+
+def test_an_empty_completion_has_no_loss_row_and_still_counts_in_the_baseline() -> None:
+    batch = batch_of(make_group([{"a": 1.0}, {"a": 0.0}, {"a": 0.0}], lengths=[2, 0, 3]))
+    assert sorted((row[1][0], row[3]) for row in rows_of(batch)) == [
+        (1, pytest.approx(2 / 3)),
+        (201, pytest.approx(-1 / 3)),
+    ]
+    assert (batch.num_rows, batch.num_tokens) == (2, 5)
+
+
+def test_a_window_of_empty_completions_alone_has_no_rows() -> None:
+    batch = batch_of(make_group([{"a": 1.0}, {"a": 0.0}], lengths=[0, 0]))
+    assert batch.micro_batches == ()
+    assert (batch.num_rows, batch.num_tokens) == (0, 0)
+
+
+def test_a_completion_that_is_only_an_end_token_is_a_row_of_one_token() -> None:
+    batch = batch_of(make_group([{"a": 1.0}, {"a": 0.0}], lengths=[1, 3]))
+    assert [len(row[1]) for row in rows_of(batch)] == [3, 1]
+    assert batch.num_tokens == 4
+
+
+# Truncated completions
+
+
+def cut_at(group: ScoredGroup, *rows: int) -> ScoredGroup:
+    """The same group with those completions cut at max_new_tokens."""
+    completions = tuple(
+        replace(completion, finish_reason="length") if k in rows else completion
+        for k, completion in enumerate(group.rollout.completions)
+    )
+    return replace(group, rollout=replace(group.rollout, completions=completions))
+
+
+def advantages_by_row(group: ScoredGroup, truncated: TruncatedConfig | None) -> dict[int, float]:
+    """Row number -> advantage, of the rows that are trained on."""
+    batch = make_batch([group], scale="none", truncated=truncated)
+    return {row[1][0] // 100: row[3] for row in rows_of(batch)}
+
+
+TRUNCATED = cut_at(make_group([{"a": 1.0}, {"a": 0.0}, {"a": 0.5}], lengths=[3, 16, 4]), 1)
+
+
+def test_truncated_completions_are_kept_by_default() -> None:
+    # mean of 1, 0, 0.5
+    assert advantages_by_row(TRUNCATED, None) == {0: 0.5, 1: -0.5, 2: 0.0}
+
+
+def test_a_masked_completion_leaves_the_loss_and_its_denominators_and_stays_in_the_baseline() -> None:
+    masked = TruncatedMask(type="mask")
+    assert advantages_by_row(TRUNCATED, masked) == {0: 0.5, 2: 0.0}
+    batch = make_batch([TRUNCATED], truncated=masked)
+    assert (batch.num_rows, batch.num_tokens) == (2, 7)
+
+
+def test_a_masked_completion_leaves_the_baseline_too_where_asked() -> None:
+    masked = TruncatedMask(type="mask", in_baseline=False)
+    assert advantages_by_row(TRUNCATED, masked) == {0: 0.25, 2: -0.25}  # mean of 1 and 0.5
+    batch = make_batch([TRUNCATED], truncated=masked)
+    assert batch.advantages.valid[0, :, 0].tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("in_baseline", [True, False])
+def test_a_group_that_is_all_cut_leaves_a_masked_update(in_baseline: bool) -> None:
+    group = cut_at(make_group([{"a": 1.0}, {"a": 0.0}], lengths=[16, 16]), 0, 1)
+    batch = make_batch([group], truncated=TruncatedMask(type="mask", in_baseline=in_baseline))
+    assert batch.micro_batches == ()
+    assert (batch.num_rows, batch.num_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "penalty"), [(0, 0.0), (11, 0.0), (12, 0.0), (13, -0.25), (14, -0.5), (15, -0.75), (16, -1.0)]
+)
+def test_the_overlong_penalty_falls_over_the_buffer_from_0_to_1(num_tokens: int, penalty: float) -> None:
+    # L_max 16, buffer 4: 0 up to 12, then (12 - length) / 4
+    assert overlong_penalty(num_tokens, max_new_tokens=16, buffer_tokens=4) == penalty
+
+
+def test_the_overlong_penalty_is_added_to_the_score_before_the_baseline() -> None:
+    truncated = TruncatedPenalty(type="penalty", buffer_tokens=4, weight=0.8)
+    group = cut_at(make_group([{"a": 1.0}, {"a": 0.0}, {"a": 0.5}], lengths=[3, 16, 14]), 1)
+    # scores 1, 0 - 0.8, 0.5 - 0.4: mean 0.1
+    expected = {0: pytest.approx(0.9), 1: pytest.approx(-0.9), 2: pytest.approx(0.0, abs=1e-6)}
+    assert advantages_by_row(group, truncated) == expected
+
+
+def test_the_overlong_penalty_makes_no_verdict_of_a_missing_one() -> None:
+    truncated = TruncatedPenalty(type="penalty", buffer_tokens=4)
+    group = make_group([{"a": 1.0}, {"a": None}, {"a": 1.0}], lengths=[3, 16, 16])
+    # 1 and 1 - 1: mean 0.5
+    assert advantages_by_row(group, truncated) == {0: 0.5, 2: -0.5}
+
+
+# Shares
+
+
+@st.composite
+def scored_by_several(draw: st.DrawFn) -> list[ScoredGroup]:
+    names = ("a", "b", "c")[: draw(st.integers(1, 3))]
+    value = st.sampled_from([None, 0.0, 0.25, 0.5, 1.0])
+    groups: list[ScoredGroup] = []
+    for number in range(draw(st.integers(1, 3))):
+        asked = tuple(name for name in names if draw(st.booleans())) or names
+        size = draw(st.integers(1, 4))
+        scores = [{name: draw(value) for name in asked} for _ in range(size)]
+        groups.append(make_group(scores, number=number, objectives=asked))
+    return groups
+
+
+@pytest.mark.parametrize("combine", ["decoupled", "summed"])
+@settings(max_examples=60, deadline=None)
+@given(groups=scored_by_several(), weights=st.tuples(*[st.sampled_from([0.0, 0.5, 1.0, 3.0])] * 3))
+def test_the_shares_of_a_row_add_up_to_its_advantage(
+    combine: Combine, groups: list[ScoredGroup], weights: tuple[float, ...]
+) -> None:
+    batch = make_batch(groups, weights=dict(zip("abc", weights, strict=True)), combine=combine)
+    for part in batch.micro_batches:
+        assert part.shares.shape == (len(part.advantages), 3)
+        torch.testing.assert_close(part.shares.sum(dim=1), part.advantages, rtol=1e-5, atol=1e-5)
+        assert part.shares[~part.is_scored].count_nonzero() == 0  # who gave no verdict has no share
+
+
+def test_shares_worked_out_by_hand() -> None:
+    groups = [make_group([{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 0.5}])]
+    batch = make_batch(groups, weights={"a": 2.0, "b": 1.0}, combine="summed", scale="none")
+    (part,) = batch.micro_batches
+    # r = 2 * 1 + 0 and 0 + 0.5: mean 1.25; of a: 2 * (1 - 0.5), of b: 0 - 0.25
+    assert part.shares.tolist() == [[1.0, -0.25], [-1.0, 0.25]]
+    assert part.advantages.tolist() == [0.75, -0.75]
+    decoupled = make_batch(groups, weights={"a": 2.0, "b": 1.0}, scale="none").micro_batches[0]
+    # x = +-0.75 over two rows: std 1.0606602, and every share is divided by it plus 1e-4
+    torch.testing.assert_close(decoupled.shares, part.shares / 1.0607602)
+
+
+# What leaves the update, and what is another rank's
+
+
+@pytest.mark.parametrize("combine", ["decoupled", "summed"])
+def test_flat_groups_leave_by_option_and_what_cancels_is_not_flat(combine: Combine) -> None:
+    flat = make_group([{"a": 0.5, "b": 1.0}, {"a": 0.5, "b": 1.0}], number=1)
+    groups = [make_group([{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 0.5}]), flat]
+    kept = make_batch(groups, combine=combine)
+    dropped = make_batch(groups, combine=combine, drops_flat_groups=True)
+    assert (kept.num_rows, dropped.num_rows) == (4, 2)
+    assert all(row[1][0] < 1000 for row in rows_of(dropped))
+    # the advantages of the others are those of the whole batch all the same
+    assert torch.equal(kept.advantages.combined, dropped.advantages.combined)
+
+
+def test_a_group_whose_opposite_shares_cancel_is_not_dropped() -> None:
+    cancels = make_group([{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 1.0}])
+    other = make_group([{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 0.0}], number=1)
+    batch = make_batch([cancels, other], drops_flat_groups=True)
+    rows = {row[1][0]: row[3] for row in rows_of(batch)}
+    assert (rows[1], rows[101]) == (0.0, 0.0)
+    assert len(rows) == 4
+    assert teaches_something(cancels)
+
+
+def test_a_batch_of_flat_groups_alone_is_empty_once_they_are_dropped() -> None:
+    batch = make_batch([make_group([{"a": 1.0}, {"a": 1.0}])], drops_flat_groups=True)
+    assert batch.micro_batches == ()
+    assert (batch.num_rows, batch.num_tokens) == (0, 0)
+
+
+def test_a_group_with_one_verdict_or_equal_ones_teaches_nothing() -> None:
+    assert not teaches_something(make_group([{"a": 1.0}, {"a": None}]))
+    assert not teaches_something(make_group([{"a": 0.3}, {"a": 0.3}]))
+    assert not teaches_something(make_group([{"a": None}, {"a": None}]))
+    assert teaches_something(make_group([{"a": 0.3, "b": 1.0}, {"a": 0.3, "b": 0.0}]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(groups=groups_of_rows(), num_ranks=st.integers(1, 3))
+def test_ranks_share_out_the_rows_and_agree_on_the_advantages(groups: list[ScoredGroup], num_ranks: int) -> None:
+    whole = make_batch(groups, scale="batch")
+    places = list(range(len(groups)))
+    parts = [make_batch(groups, scale="batch", own=places[rank::num_ranks]) for rank in range(num_ranks)]
+    assert sorted(row for part in parts for row in rows_of(part)) == sorted(rows_of(whole))
+    assert sum(part.num_tokens for part in parts) == whole.num_tokens
+    assert sum(part.num_rows for part in parts) == whole.num_rows
+    for rank, part in enumerate(parts):
+        assert torch.equal(part.advantages.combined, whole.advantages.combined)
+        assert all(row[0][0] // 1000 % num_ranks == rank for row in rows_of(part))  # groups whole on their rank
