@@ -126,7 +126,8 @@ def build_batch(
             alone is longer goes alone.
         max_new_tokens: at which completions were cut.
         truncated: what becomes of those; they are kept where None.
-        drops_flat_groups: groups that teach no objective anything leave the update, KL term included.
+        drops_flat_groups: groups that teach no objective anything leave the update, KL term included; where all are
+            such, they stay, for there must be something to update with.
         own: places in `groups` whose rows this rank computes; all where None.
     """
     objectives, truncated = tuple(weights), truncated or TruncatedKeep()
@@ -150,7 +151,7 @@ def build_batch(
             is_scored=advantages.valid[p, k].tolist(),
         )
         for p in (range(len(groups)) if own is None else own)
-        if bool(teaches[p]) or not drops_flat_groups
+        if bool(teaches[p]) or not (drops_flat_groups and bool(teaches.any()))
         for k, completion in enumerate(groups[p].rollout.completions)
         if bool(advantages.valid[p, k].any()) and _is_trained_on(completion, truncated)
     ]

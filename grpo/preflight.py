@@ -5,9 +5,7 @@ Cheap checks first: names, bounds, files and endpoints before the weights are re
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -42,6 +40,7 @@ from grpo.update.losses import load_custom_loss
 from grpo.update.step import Updater
 from grpo.warmup import load_examples
 from rewards.base import RewardContext
+from rewards.registry import make_local_module_importable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -148,16 +147,11 @@ def _check_custom_loss(loss: CustomLossConfig, base_dir: Path) -> None:
     Raises:
         ConfigError: it cannot be found, its module cannot be run, or the parameters do not fit.
     """
-    _make_local_module_importable(loss.path.partition(":")[0], base_dir)
+    make_local_module_importable(loss.path.partition(":")[0], base_dir)
     try:
         function = load_custom_loss(loss.path)
     except ValueError as exc:
         raise ConfigError(f"update.loss.path: {exc}") from exc
-    except Exception as exc:  # whatever a module of the user's does when it is run
-        raise ConfigError(
-            f"update.loss.path: the loss {loss.path!r} cannot be loaded, for running its module ends in "
-            f"{type(exc).__name__}: {exc}"
-        ) from exc
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some C callables have none
@@ -169,15 +163,6 @@ def _check_custom_loss(loss: CustomLossConfig, base_dir: Path) -> None:
             f"update.loss.params: they do not fit {loss.path}{signature}, which gets a LossInput and the parameters as "
             f"keyword arguments: {exc}"
         ) from exc
-
-
-def _make_local_module_importable(module_name: str, base_dir: Path) -> None:
-    top = module_name.partition(".")[0]
-    is_local = (base_dir / f"{top}.py").is_file() or (base_dir / top).is_dir()
-    folder = str(base_dir.resolve())
-    if is_local and folder not in sys.path:
-        sys.path.append(folder)  # last, so that it never shadows an installed package
-        importlib.invalidate_caches()
 
 
 def _prompts_name(config: RunConfig) -> str:

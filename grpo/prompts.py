@@ -151,8 +151,10 @@ class ListSource:
         random.Random(f"{self._seed}/spares/{step}").shuffle(unused)  # one order for all rounds: each takes a stretch
         chosen: dict[int, Prompt] = {}
         for place in places:
-            fitting = [prompt for prompt in unused if prompt.objectives == batch[place].objectives]
-            at = (round_number - 1) * len(batch) + place
+            wanted = batch[place].objectives
+            fitting = [prompt for prompt in unused if prompt.objectives == wanted]
+            alike = [other for other, prompt in enumerate(batch) if prompt.objectives == wanted]
+            at = (round_number - 1) * len(alike) + alike.index(place)
             if at < len(fitting):
                 chosen[place] = fitting[at]
         return chosen

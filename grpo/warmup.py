@@ -216,18 +216,19 @@ def _arguments(policy: Policy, config: WarmupConfig, *, seed: int, scratch: str)
     from trl.trainer.sft_config import SFTConfig  # slow to import, and most runs have no warm-up
 
     ranks = PartialState().num_processes
-    if config.batch_size % (config.micro_batch_size * ranks):
+    micro_batch_size = config.micro_batch_size or max(config.batch_size // ranks, 1)
+    if config.batch_size % (micro_batch_size * ranks):
         raise ConfigError(
             f"warmup.batch_size is {config.batch_size}, which {ranks} processes with micro-batches of "
-            f"{config.micro_batch_size} cannot share out. Set it to a multiple of {ranks * config.micro_batch_size}."
+            f"{micro_batch_size} cannot share out. Set it to a multiple of {ranks * micro_batch_size}."
         )
     on_cpu = policy.device.type == "cpu"
     training_seed = derived_seed(seed, "warmup") % 2**32  # numpy takes no longer one
     arguments = SFTConfig(
         output_dir=scratch,
         max_steps=config.steps,
-        per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=config.batch_size // (config.micro_batch_size * ranks),
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=config.batch_size // (micro_batch_size * ranks),
         learning_rate=config.learning_rate,
         lr_scheduler_type="linear",
         seed=training_seed,

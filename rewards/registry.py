@@ -92,7 +92,7 @@ def _find(name: str, context: RewardContext) -> Any:
     if name in installed:
         return _load(installed[name])
     if ":" in name:
-        _make_local_module_importable(name.partition(":")[0], context.base_dir)
+        make_local_module_importable(name.partition(":")[0], context.base_dir)
         return _import(name, name)
     raise RewardConfigError(
         f"there is no reward {name!r}{nearest(name, {*BUILTIN_REWARDS, *installed})}. "
@@ -129,7 +129,8 @@ def _load(point: EntryPoint) -> Any:
         ) from exc
 
 
-def _make_local_module_importable(module_name: str, base_dir: Path) -> None:
+def make_local_module_importable(module_name: str, base_dir: Path) -> None:
+    """A module that lies beside the recipe is found, from whatever folder the run is started."""
     top = module_name.partition(".")[0]
     is_local = (base_dir / f"{top}.py").is_file() or (base_dir / top).is_dir()
     folder = str(base_dir.resolve())

@@ -67,15 +67,15 @@ class WarmupConfig(StrictModel):
     steps: int = Field(ge=1)
     batch_size: int = Field(default=8, ge=1)
     """Rows per optimizer step."""
-    micro_batch_size: int = Field(default=8, ge=1)
-    """Rows that go through the model together; divides batch_size."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Rows that go through the model together on a rank; divides batch_size. All of the rank's where None."""
     learning_rate: float = Field(gt=0)
     max_tokens: int = Field(default=1024, ge=2)
     """Longer rows are cut."""
 
     @model_validator(mode="after")
     def _divides(self) -> WarmupConfig:
-        if self.batch_size % self.micro_batch_size:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size = {self.micro_batch_size} does not divide {self.batch_size}")
         return self
 

@@ -266,10 +266,10 @@ def load_custom_loss(path: str) -> CustomLoss:
         raise ValueError(f"the loss {path!r} is not of the form package.module:name")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as exc:
+    except Exception as exc:  # whatever a module of the user's does when it is run
         raise ValueError(
-            f"the loss {path!r} cannot be loaded, for its module cannot be imported: {exc}. Install it, or start the "
-            "run from the folder that holds it"
+            f"the loss {path!r} cannot be loaded, for importing its module ends in {type(exc).__name__}: {exc}. Put "
+            "the module beside the recipe, or install it"
         ) from exc
     if not hasattr(module, name):
         raise ValueError(f"the loss {path!r} cannot be loaded: {module_name} holds nothing named {name}")

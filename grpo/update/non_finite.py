@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NOWHERE = "no module: every output and gradient is finite, so what came in from outside is not"
+NOWHERE = (
+    "no module: every output and gradient is finite, so what came in from outside is not (the advantages, a loss of "
+    "one's own, or a sampled token that the sampling law forbids)"
+)
 
 
 def first_non_finite_module(model: nn.Module, loss: Callable[[], Tensor]) -> str:

@@ -102,12 +102,16 @@ class Updater:
 
         Args:
             step: number of the step, from 0; of `steps`. What the learning-rate schedule goes by.
+        Raises:
+            ValueError: no rank has a loss token.
         """
         statistics = WindowStatistics()
         betas = {name: controller.value for name, controller in self.controllers.items()}
         coefficient = self.entropy_bonus.value if self.entropy_bonus else None
         # the denominators, before any backward pass
         num_tokens, num_rows = (int(self._ranks.sum(count)) for count in (batch.num_tokens, batch.num_rows))
+        if num_tokens == 0:
+            raise ValueError("a batch without a loss token on any rank: there is nothing to step on")
         remembers = self._update.iterations > 1
         work = [
             MicroBatchWork(batch=own, replay=replay_of(own, self._params, remembers=remembers))

@@ -12,6 +12,7 @@ from torch import Tensor
 from grpo import metrics as names
 from grpo.batching import MicroBatch, TrainBatch
 from grpo.config import CispoLossConfig, ClippedLossConfig, CustomLossConfig, SapoLossConfig, UpdateConfig
+from grpo.errors import ConfigError
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.replay import Replay
 from grpo.runtime.policy import Policy
@@ -195,7 +196,10 @@ class WindowLoss:
                 advantages=fixed.advantages,
                 mask=mask,
             )
-            output = check_custom_output(self._custom_loss(given, **self._update.loss.params), given)
+            try:
+                output = check_custom_output(self._custom_loss(given, **self._update.loss.params), given)
+            except ValueError as exc:
+                raise ConfigError(f"update.loss.path {self._update.loss.path}: {exc}") from exc
             for name, values in output.metrics.items():
                 is_per_token = values.dim() == 2
                 counted = values[mask] if is_per_token else values
