@@ -145,9 +145,8 @@ class Trainer:
             )
             if self._ranks.sum(batch.num_tokens) == 0:
                 raise TooFewVerdicts(
-                    f"step {step}: nothing is left to train on: every completion is without a verdict, empty, cut and "
-                    "masked (update.truncated), or of a group of equal scores that is dropped (update.flat_groups = "
-                    "drop; kl_only keeps the step, and rollout.resample_rounds looks for other prompts)"
+                    f"step {step}: nothing is left to train on: every completion is without a verdict, empty, or cut "
+                    "and masked (update.truncated)"
                 )
             with stopwatch("update"):
                 stats = parts.updater.step(batch, step=step - 1, steps=config.steps)

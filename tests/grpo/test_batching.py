@@ -410,10 +410,9 @@ def test_a_group_whose_opposite_shares_cancel_is_not_dropped() -> None:
     assert teaches_something(cancels)
 
 
-def test_a_batch_of_flat_groups_alone_is_empty_once_they_are_dropped() -> None:
+def test_a_batch_of_flat_groups_alone_keeps_them_for_their_kl() -> None:
     batch = make_batch([make_group([{"a": 1.0}, {"a": 1.0}])], drops_flat_groups=True)
-    assert batch.micro_batches == ()
-    assert (batch.num_rows, batch.num_tokens) == (0, 0)
+    assert batch.num_rows == 2
 
 
 def test_a_group_with_one_verdict_or_equal_ones_teaches_nothing() -> None:
