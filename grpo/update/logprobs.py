@@ -6,15 +6,17 @@ Pure functions of tensors; knows no model, no batch and no penalties (`process` 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 CHUNK_TOKENS = 256
 """Positions whose logits exist at one time."""
+
+_PRODUCT_ROWS = 8192
+"""Rows of the head whose gradient is rounded to half precision at one time, before it joins the sum."""
 
 
 def full_precision(values: Tensor) -> Tensor:
@@ -105,16 +107,11 @@ def logprobs_under_both_laws(
         process=process,
         entropy_has_gradient=entropy_has_gradient,
     )
-    learns = lm_head_weight.requires_grad or (bias is not None and bias.requires_grad)
-    if learns and torch.is_grad_enabled():
-        parts = [
-            # logits again in the backward pass
-            checkpoint(head.logprobs, *chunk, use_reentrant=False)
-            for chunk in _chunks(hidden, targets, chunk_tokens)
-        ]
-        logprobs, entropy, plain = (torch.cat(part) for part in zip(*parts, strict=True))
-        return logprobs, entropy, plain
-    return _FrozenHead.apply(hidden, targets, head, chunk_tokens)  # pyright: ignore[reportReturnType]
+    if lm_head_weight.requires_grad or (bias is not None and bias.requires_grad):
+        outputs = _LearningHead.apply(hidden, lm_head_weight, bias, targets, head, chunk_tokens)
+    else:
+        outputs = _FrozenHead.apply(hidden, targets, head, chunk_tokens)
+    return outputs  # pyright: ignore[reportReturnType]
 
 
 def _chunks(hidden: Tensor, targets: Tensor, chunk_tokens: int) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -122,6 +119,10 @@ def _chunks(hidden: Tensor, targets: Tensor, chunk_tokens: int) -> list[tuple[Te
     positions = torch.arange(hidden.shape[0], device=hidden.device)
     parts = (values.split(chunk_tokens) for values in (hidden, targets, positions))
     return list(zip(*parts, strict=True))
+
+
+_PullBack = Callable[[Tensor], Tensor]
+"""Derivative [C, V] by a function's result -> by its argument."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,29 +139,43 @@ class _Head:
     process: Process | None
     entropy_has_gradient: bool
 
+    @property
+    def can_ban(self) -> bool:
+        """Whether a logit may be -inf."""
+        return self.process is not None or self.bias is not None
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[C, V] raw logits. Each line is a pass over [C, V]: those that would change nothing are left out."""
         logits = full_precision(hidden.to(self.weight.dtype) @ self.weight.T)
-        logits = logits if self.bias is None else logits + self.bias  # before the scale: it belongs to the head
-        logits = logits if self.logit_scale == 1 else logits * self.logit_scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        if self.bias is not None:
+            logits += self.bias  # before the scale: it belongs to the head
+        if self.logit_scale != 1:
+            logits *= self.logit_scale
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def scaled(self, logits: Tensor) -> Tensor:
         """[C, V] divided by the temperature."""
         return logits if self.temperature == 1 else logits / self.temperature
 
-    def logprobs(self, hidden: Tensor, targets: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One chunk by autograd: log-probabilities, entropy and plain log-probabilities, each [C]."""
-        logits = self.logits(hidden)
-        plain = torch.log_softmax(self.scaled(logits), dim=-1)  # [C, V]
-        law = plain if self.process is None else torch.log_softmax(self.scaled(self.process(logits, positions)), dim=-1)
-        chosen = targets[:, None]
-        entropy = _entropy(law if self.entropy_has_gradient else law.detach())
-        return law.gather(1, chosen)[:, 0], entropy, plain.gather(1, chosen)[:, 0]
+    def processed(self, logits: Tensor, positions: Tensor, *, wants_slope: bool) -> tuple[Tensor, _PullBack]:
+        """[C, V] logits of the sampling law, and the way back from a derivative by them to one by the raw logits."""
+        if self.process is None:
+            return logits, lambda slope: slope
+        with torch.set_grad_enabled(wants_slope):  # what the processors do to a derivative only they know
+            source = logits.detach().requires_grad_(wants_slope)
+            processed = self.process(source, positions)
+        return processed.detach(), lambda slope: torch.autograd.grad(processed, source, slope, retain_graph=True)[0]
+
+    def before_the_logits(self, slope: Tensor, logits: Tensor) -> Tensor:
+        """[C, V] derivative by the raw logits -> by hidden @ weight.T, in the weight's dtype."""
+        if self.softcap is not None:
+            slope = slope * (1 - (logits / self.softcap).square())
+        slope = slope if self.logit_scale == 1 else slope * self.logit_scale
+        return slope.to(self.weight.dtype)
 
 
 class _FrozenHead(torch.autograd.Function):
-    """The same for a head that does not learn, without a second pass over the logits.
+    """Values for a head that does not learn, and their gradient without a second pass over the logits.
 
     Every output is one number per row, and its gradient is linear in what comes from above; so the derivative by the
     row's hidden state, [N, H] per output, is taken while the logits are there, and only scaled in the backward pass.
@@ -199,6 +214,62 @@ class _FrozenHead(torch.autograd.Function):
         return total.to(ctx.dtype), None, None, None
 
 
+class _LearningHead(torch.autograd.Function):
+    """Values for a head that learns: its gradient needs what comes from above, so the backward pass makes each chunk's
+    logits again and turns them into the gradient, added up over the chunks in full precision."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: _Head,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parts = [
+            _values_and_slopes(head, *chunk, wants_slopes=False)[0] for chunk in _chunks(hidden, targets, chunk_tokens)
+        ]
+        logprobs, entropy, plain = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, bias, targets, entropy)
+        ctx.head, ctx.chunk_tokens = head, chunk_tokens
+        if not head.entropy_has_gradient:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy, plain
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # autograd passes ctx by place
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, entropy = ctx.saved_tensors
+        head = replace(ctx.head, weight=weight, bias=bias)  # those whose change in between autograd notices
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        of_hidden: list[Tensor] = []
+        of_weight = torch.zeros_like(weight, dtype=_wide(weight)) if wants_weight else None
+        of_bias = torch.zeros_like(bias, dtype=_wide(bias)) if wants_bias else None
+        per_row = (values.split(ctx.chunk_tokens) for values in (*gradients, entropy))
+        for (rows, chosen, positions), *upstream in zip(
+            _chunks(hidden, targets, ctx.chunk_tokens), *per_row, strict=True
+        ):
+            slope = _slope(head, rows, chosen, positions, *upstream)  # [C, V]
+            if wants_hidden:
+                of_hidden.append((slope @ weight).to(hidden.dtype))
+            if of_weight is not None:
+                _add_product(of_weight, slope.T, rows.to(weight.dtype))
+            if of_bias is not None:
+                of_bias += slope.sum(dim=0, dtype=of_bias.dtype)
+        return (
+            torch.cat(of_hidden) if wants_hidden else None,
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None if of_bias is None else of_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )
+
+
 def _values_and_slopes(
     head: _Head, hidden: Tensor, targets: Tensor, positions: Tensor, *, wants_slopes: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
@@ -207,57 +278,87 @@ def _values_and_slopes(
     logits = head.logits(hidden)  # [C, V]
     chosen = targets[:, None]
 
-    def to_hidden(slope: Tensor) -> Tensor:
-        """The chain from the logits back through cap and scale: [C, V] -> [C, H]."""
-        if head.softcap is not None:
-            slope = slope * (1 - (logits / head.softcap).square())
-        slope = slope if head.logit_scale == 1 else slope * head.logit_scale
-        return full_precision(slope.to(head.weight.dtype) @ head.weight)
+    def to_hidden(error: Tensor) -> Tensor:
+        """The chain from the scaled logits back, whose constants are left for the small side: [C, V] -> [C, H]."""
+        return full_precision(head.before_the_logits(error, logits) @ head.weight).div_(-head.temperature)
 
-    if head.process is None:
-        law = torch.log_softmax(head.scaled(logits), dim=-1)
-        values = law.gather(1, chosen)[:, 0], _entropy(law)
-        slopes = tuple(_slopes(head, law, chosen, values[1])) if wants_slopes else ()
-        return (*values, values[0].clone()), tuple(to_hidden(slope) for slope in slopes)
-
-    plain = torch.log_softmax(head.scaled(logits), dim=-1)
-    plain_value = plain.gather(1, chosen)[:, 0]
-    plain_slope = to_hidden(_logprob_slope(head, plain, chosen)) if wants_slopes else None
-    with torch.set_grad_enabled(wants_slopes):  # what the processors do to a derivative only they know
-        source = logits.detach().requires_grad_(wants_slopes)
-        processed = head.process(source, positions)  # [C, V]
-    law = torch.log_softmax(head.scaled(processed.detach()), dim=-1)
-    values = law.gather(1, chosen)[:, 0], _entropy(law), plain_value
-    if plain_slope is None:
+    plain: Tensor | None = None
+    slopes: list[Tensor] = []
+    if head.process is not None:
+        plain_law = torch.log_softmax(head.scaled(logits), dim=-1)
+        plain = plain_law.gather(1, chosen)[:, 0]
+        if wants_slopes:
+            slopes.append(to_hidden(_error(plain_law.exp_(), chosen)))
+        del plain_law
+    processed, pull_back = head.processed(logits, positions, wants_slope=wants_slopes)
+    law = torch.log_softmax(head.scaled(processed), dim=-1)  # [C, V]
+    logprobs = law.gather(1, chosen)[:, 0]
+    if head.can_ban:
+        law.clamp_(min=_LEAST)
+    probabilities = law.exp()  # [C, V]
+    surprise = law.mul_(probabilities)  # [C, V] in place, as all that follows: fresh memory costs as much as the sum
+    entropy = -surprise.sum(dim=-1)
+    values = logprobs, entropy, logprobs.clone() if plain is None else plain
+    if not wants_slopes:
         return values, ()
-    through = [
-        to_hidden(torch.autograd.grad(processed, source, slope, retain_graph=True)[0])
-        for slope in _slopes(head, law, chosen, values[1])
-    ]
-    return values, (through[0], plain_slope, *through[1:])
-
-
-def _slopes(head: _Head, law: Tensor, chosen: Tensor, entropy: Tensor) -> list[Tensor]:
-    """[C, V] derivatives by the (processed) logits of the chosen log-probability and, where asked, of the entropy."""
-    slopes = [_logprob_slope(head, law, chosen)]
     if head.entropy_has_gradient:
-        # d(-sum p log p)/dz = -p (log p + entropy)
-        slopes.append(head.scaled(-law.exp() * (_finite(law) + entropy[:, None])))
-    return slopes
+        slopes.append(to_hidden(pull_back(surprise.addcmul_(probabilities, entropy[:, None]))))
+    del law, surprise
+    slopes.insert(0, to_hidden(pull_back(_error(probabilities, chosen))))
+    return values, tuple(slopes)
 
 
-def _logprob_slope(head: _Head, law: Tensor, chosen: Tensor) -> Tensor:
-    """[C, V] 1 at the chosen token minus every token's probability, over the temperature."""
-    slope = law.exp().neg_()
-    return head.scaled(slope.scatter_add_(1, chosen, torch.ones_like(slope[:, :1])))
+def _slope(
+    head: _Head,
+    hidden: Tensor,
+    targets: Tensor,
+    positions: Tensor,
+    of_logprobs: Tensor,
+    of_entropy: Tensor,
+    of_plain: Tensor,
+    entropy: Tensor,
+) -> Tensor:
+    """[C, V] one chunk's gradient by hidden @ weight.T, in the weight's dtype, from those [C] by its outputs."""
+    logits = head.logits(hidden)  # [C, V]
+    chosen = targets[:, None]
+    if head.process is None:
+        of_logprobs = of_logprobs + of_plain
+
+    def weighted(gradient: Tensor) -> Tensor:
+        """[C, 1]"""
+        return (gradient / -head.temperature)[:, None]
+
+    processed, pull_back = head.processed(logits, positions, wants_slope=True)
+    scaled = head.scaled(processed)
+    error = _error(torch.softmax(scaled, dim=-1), chosen).mul_(weighted(of_logprobs))
+    if head.entropy_has_gradient:
+        law = torch.log_softmax(scaled, dim=-1).clamp_(min=_LEAST)
+        error += law.exp() * (law + entropy[:, None]) * weighted(of_entropy)
+    slope = pull_back(error)
+    if head.process is not None:
+        plain = torch.softmax(head.scaled(logits), dim=-1)
+        slope = slope + _error(plain, chosen).mul_(weighted(of_plain))
+    return head.before_the_logits(slope, logits)
 
 
-def _entropy(logprobs: Tensor) -> Tensor:
-    """[C] entropy of each row of [C, V] log-probabilities; a filtered token (-inf) adds 0, not 0 * -inf."""
-    finite = _finite(logprobs)
-    return -(finite.exp() * finite).sum(dim=-1)
+def _error(probabilities: Tensor, chosen: Tensor) -> Tensor:
+    """[C, V] minus the derivative of the chosen log-probability by the logits: every token's probability, less 1 at
+    the chosen one. Overwrites the probabilities."""
+    return probabilities.scatter_add_(1, chosen, -torch.ones_like(probabilities[:, :1]))
 
 
-def _finite(logprobs: Tensor) -> Tensor:
-    """-inf as a number whose exp is 0 as well."""
-    return logprobs.clamp(min=-1e4)
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, each product rounded to the factors' dtype, the sum to that of the total."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+        return
+    for rows, part in zip(total.split(_PRODUCT_ROWS), left.split(_PRODUCT_ROWS), strict=True):
+        rows += part @ right
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+_LEAST = -1e4
+"""Log-probability of a dropped token, instead of -inf: its exp is 0 as well, and 0 times it is 0."""

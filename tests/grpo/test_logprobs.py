@@ -244,3 +244,158 @@ def test_hidden_states_and_targets_of_different_lengths_are_refused() -> None:
     hidden, head, _, targets = make_inputs()
     with pytest.raises(ValueError, match="7 hidden states for 6 targets"):
         token_logprobs(hidden, head, targets[:-1])
+
+
+def penalise_repeats(logits: Tensor, positions: Tensor) -> Tensor:
+    """Token (position mod V) divided by 1.3 where positive and multiplied where not: a slope that is not 1."""
+    place = torch.nn.functional.one_hot(positions % V, V).bool()
+    return torch.where(place, torch.where(logits > 0, logits / 1.3, logits * 1.3), logits)
+
+
+def penalise_and_ban(logits: Tensor, positions: Tensor) -> Tensor:
+    return ban_small_tokens(penalise_repeats(logits, positions), positions)
+
+
+@pytest.mark.parametrize("head_learns", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
+@pytest.mark.parametrize("entropy_has_gradient", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7, "logit_scale": 0.25},
+        {"softcap": 1.5},
+        {"process": penalise_repeats},
+        {"process": ban_small_tokens, "temperature": 1.3},
+        {"process": penalise_and_ban, "temperature": 0.8, "logit_scale": 2.0, "softcap": 3.0, "has_bias": True},
+    ],
+    ids=["plain", "temperature and scale", "softcap", "repetition penalty", "bans", "all"],
+)
+def test_gradients_of_all_outputs_together_are_those_of_the_full_softmax(
+    head_learns: bool, chunk_tokens: int, entropy_has_gradient: bool, options: dict[str, object]
+) -> None:
+    hidden, head, bias, _ = make_inputs()
+    targets = torch.arange(N) % (V - 2) + 2  # never banned
+    options, learns = dict(options), [hidden]
+    if head_learns:
+        learns.append(head)
+    else:
+        head, bias = head.detach(), bias.detach()
+    if options.pop("has_bias", False):
+        options["bias"] = bias
+        learns += [bias] if head_learns else []
+    got = logprobs_under_both_laws(
+        hidden,
+        head,
+        targets,
+        chunk_tokens=chunk_tokens,
+        entropy_has_gradient=entropy_has_gradient,
+        **options,  # pyright: ignore[reportArgumentType]
+    )
+    without = {name: value for name, value in options.items() if name != "process"}
+    law, entropy = full_softmax(hidden, head, targets, **options)  # pyright: ignore[reportArgumentType]
+    plain, _ = full_softmax(hidden, head, targets, **without)  # pyright: ignore[reportArgumentType]
+    expected = (law, entropy, plain)
+    for value, slow in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, slow, rtol=1e-10, atol=1e-10)
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(3, N, generator=generator, dtype=torch.float64)  # another weight for every row and output
+    if not entropy_has_gradient:
+        upstream[1] = 0.0
+    totals = [sum((w * v).sum() for w, v in zip(upstream, values, strict=True)) for values in (got, expected)]
+    for one, other in zip(*(torch.autograd.grad(total, learns) for total in totals), strict=True):  # pyright: ignore[reportArgumentType, reportCallIssue]
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("head_learns", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["logprobs", "entropy", "plain"])
+def test_one_output_alone_gives_its_own_gradient(head_learns: bool, place: int) -> None:
+    hidden, head, _, targets = make_inputs()
+    learns = [hidden, head] if head_learns else [hidden]
+    got = logprobs_under_both_laws(
+        hidden,
+        head if head_learns else head.detach(),
+        targets,
+        process=penalise_repeats,
+        chunk_tokens=2,
+        entropy_has_gradient=True,
+    )[place]
+    law, entropy = full_softmax(hidden, head, targets, process=penalise_repeats)
+    check_same_gradients(got, (law, entropy, full_softmax(hidden, head, targets)[0])[place], learns)
+
+
+def test_a_bias_alone_can_learn() -> None:
+    hidden, head, bias, targets = make_inputs()
+    got, _ = token_logprobs(hidden.detach(), head.detach(), targets, bias=bias, logit_scale=0.5, chunk_tokens=2)
+    expected, _ = full_softmax(hidden.detach(), head.detach(), targets, bias=bias, logit_scale=0.5)
+    check_same_gradients(got, expected, [bias])
+
+
+def sizes_kept(head_learns: bool, entropy_has_gradient: bool, process: Process | None) -> list[int]:
+    """Number of entries of every tensor that autograd keeps between forward and backward pass."""
+    generator = torch.Generator().manual_seed(0)
+    num_tokens, width, vocabulary = 64, 4, 300
+    hidden = torch.randn(num_tokens, width, generator=generator, requires_grad=True)
+    head = torch.randn(vocabulary, width, generator=generator, requires_grad=head_learns)
+    sizes: list[int] = []
+
+    def record(saved: Tensor) -> Tensor:
+        sizes.append(saved.numel())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda saved: saved):
+        logprobs_under_both_laws(
+            hidden,
+            head,
+            torch.randint(vocabulary, (num_tokens,), generator=generator),
+            process=process,
+            chunk_tokens=8,
+            entropy_has_gradient=entropy_has_gradient,
+        )
+    return sizes
+
+
+@pytest.mark.parametrize("head_learns", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("entropy_has_gradient", [False, True])
+def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass(
+    head_learns: bool, entropy_has_gradient: bool
+) -> None:
+    kept = sizes_kept(head_learns, entropy_has_gradient, None)
+    # 64 tokens, hidden 4, vocabulary 300: hidden states or slopes 256 each, head 1200; the logits would be 19200
+    assert max(kept) <= 1200
+    assert sum(kept) <= 1200 + 3 * 256
+
+
+def test_processing_keeps_no_logits_either() -> None:
+    # a chunk's logits are 8 * 300 = 2400; what the process saves of a chunk is gone when its slopes are taken
+    kept = sizes_kept(False, True, lambda logits, positions: torch.where(logits > 0, logits / 1.3, logits * 1.3))
+    assert max(kept) <= 2400
+    learning = sizes_kept(True, True, lambda logits, positions: torch.where(logits > 0, logits / 1.3, logits * 1.3))
+    assert max(learning) <= 1200  # the process runs without gradient until the backward pass
+
+
+@pytest.mark.parametrize("head_learns", [False, True], ids=["frozen", "trainable"])
+def test_half_precision_values_and_gradients_are_near_those_of_float32(head_learns: bool) -> None:
+    hidden, head, _, targets = make_inputs(torch.bfloat16)
+    learns = [hidden, head] if head_learns else [hidden]
+    half = token_logprobs(hidden, head if head_learns else head.detach(), targets, chunk_tokens=2)
+    exact_hidden, exact_head = (values.detach().float().requires_grad_() for values in (hidden, head))
+    exact = token_logprobs(exact_hidden, exact_head, targets, chunk_tokens=2)
+    for value, wide in zip(half, exact, strict=True):
+        # a logit of up to 8 is rounded to 8 bits: 2^-8 * 8 = 0.03
+        torch.testing.assert_close(value, wide, rtol=0.0, atol=0.05)
+    weights = torch.linspace(-1, 1, N)
+    gradients = torch.autograd.grad((weights * half[0]).sum(), learns)
+    wide_gradients = torch.autograd.grad((weights * exact[0]).sum(), [exact_hidden, exact_head][: len(learns)])
+    for gradient, wide in zip(gradients, wide_gradients, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert float((gradient.float() - wide).norm() / wide.norm()) < 0.02
+
+
+def test_the_gradient_of_a_half_precision_head_is_added_up_over_chunks_without_losing_small_ones() -> None:
+    # 512 equal rows, chosen token 0 of 2 at probability 1/2: each adds 1/2 to head[0]. A sum in bfloat16, which has 8
+    # bits, would stand still at 128 (128 + 0.5 rounds to 128)
+    hidden, head = torch.ones(512, 1, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.bfloat16).requires_grad_()
+    logprobs, _ = token_logprobs(hidden, head, torch.zeros(512, dtype=torch.long), chunk_tokens=1)
+    (gradient,) = torch.autograd.grad(logprobs.sum(), head)
+    assert gradient.flatten().tolist() == [256.0, -256.0]
