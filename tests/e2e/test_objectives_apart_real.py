@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -9,18 +10,26 @@ from typing import Literal
 import pytest
 import torch
 from builders import make_batch, make_group, make_policy, make_prompt, make_updater
+from rank_processes import RankPair
 from torch import Tensor
 
 from grpo.batching import TrainBatch
 from grpo.config import UpdateConfig
+from grpo.runtime.distributed import Ranks
 from grpo.runtime.policy import Policy
 from grpo.update.gradients import combine_gradients
+
+METHODS: tuple[Literal["pcgrad", "cagrad", "mgda"], ...] = ("pcgrad", "cagrad", "mgda")
 
 
 @pytest.fixture(scope="module")
 def policy(smollm_dir: Path) -> Policy:
+    return adapted(smollm_dir)
+
+
+def adapted(model_dir: Path) -> Policy:
     """In float32, with an adapter that is away from its reference."""
-    policy = make_policy(smollm_dir)
+    policy = make_policy(model_dir)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.trainable_parameters().values():
@@ -28,7 +37,7 @@ def policy(smollm_dir: Path) -> Policy:
     return policy
 
 
-def window() -> TrainBatch:
+def window(own: Sequence[int] | None = None) -> TrainBatch:
     names = ("fairness", "grounding")
     groups = [
         make_group(
@@ -40,6 +49,8 @@ def window() -> TrainBatch:
         ),
         make_group([{"grounding": 1.0}, {"grounding": 0.0}], lengths=[3, 2], seed=2),
     ]
+    if own is not None:
+        return make_batch(groups, budget=30, own=own)
     batch = make_batch(groups, budget=30)
     assert [micro.num_tokens for micro in batch.micro_batches] == [11, 5]  # uneven
     return batch
@@ -72,7 +83,24 @@ def test_each_methods_gradient_is_the_function_of_the_separately_computed_ones(p
     apart = gradient(policy, batch, method="sum", cosine_every=1)
     # float32 through 30 layers, and what conflicts cancels in the sum: 3e-6 here, 1e-6 holds on the tiny model
     assert float((apart - plain).norm() / plain.norm()) < 1e-5
-    for method in ("pcgrad", "cagrad", "mgda"):
+    for method in METHODS:
         expected = combine_gradients(rows, method=method)
         got = gradient(policy, batch, method=method)
         assert float((got - expected).norm() / expected.norm()) < 1e-5
+
+
+def gradients_of_this_rank(model_dir: Path) -> list[Tensor]:
+    """Each method's `.grad`, of a window whose larger group is rank 0's and whose smaller one is rank 1's."""
+    policy, own = adapted(model_dir), Ranks(use_cpu=True).own(range(2))
+    return [gradient(policy, window(own), method=method) for method in METHODS]
+
+
+def test_two_ranks_with_uneven_shares_come_to_one_processs_gradient(
+    policy: Policy, smollm_dir: Path, tmp_path: Path
+) -> None:
+    with RankPair(tmp_path) as ranks:
+        first, second = ranks.run(gradients_of_this_rank, smollm_dir)
+    for method, one, other in zip(METHODS, first, second, strict=True):
+        expected = gradient(policy, window(), method=method)
+        assert torch.equal(one, other)
+        assert float((one - expected).norm() / expected.norm()) < 1e-5
