@@ -29,6 +29,9 @@ REDUCTIONS: Mapping[Variant, Reduction] = {
 }
 """What each variant's sum is divided by (FORMULAS 6); see `reduce_loss`."""
 
+RESERVED_METRICS = ("policy", "kl")
+"""What the update itself logs under loss/: a metric of a loss of one's own may not add to these."""
+
 MAX_LOG_RATIO = 20.0
 """Bound on a log-ratio before exp, in nats."""
 
@@ -246,7 +249,8 @@ class LossOutput:
     token_loss: Tensor
     """[B, T] loss of each token, not divided by any count; its gradient must reach `logprobs`."""
     metrics: Mapping[str, Tensor]
-    """Name -> [B, T], logged as a mean over the window's loss tokens, or [B], as a mean over its rows with any."""
+    """Name -> [B, T], logged as loss/<name>, a mean over the window's loss tokens, or [B], as one over its rows with
+    any; `policy` and `kl` are taken."""
 
 
 CustomLoss = Callable[..., LossOutput]
@@ -283,7 +287,8 @@ def check_custom_output(output: object, inputs: LossInput) -> LossOutput:
     """The output of a loss of one's own, once it is known to fit its input.
 
     Raises:
-        ValueError: it is no LossOutput, token_loss or a metric has another shape, or token_loss has no gradient.
+        ValueError: it is no LossOutput, token_loss or a metric has another shape, token_loss has no gradient, or a
+            metric has a name that the update itself logs.
     """
     if not isinstance(output, LossOutput):
         raise ValueError(f"a custom loss must give back a LossOutput, got {type(output).__name__}")
@@ -299,6 +304,11 @@ def check_custom_output(output: object, inputs: LossInput) -> LossOutput:
             "detach, no_grad or item()"
         )
     for name, values in output.metrics.items():
+        if name in RESERVED_METRICS:
+            raise ValueError(
+                f"metric {name!r} of a custom loss has a name that the update itself logs; give it another than "
+                f"{', '.join(RESERVED_METRICS)}"
+            )
         if not isinstance(values, Tensor) or values.shape not in (shape, shape[:1]):
             raise ValueError(
                 f"metric {name!r} of a custom loss must be a tensor [B, T] = {list(shape)} or [B] = {list(shape[:1])}, "

@@ -202,7 +202,7 @@ class WindowLoss:
                 raise ConfigError(f"update.loss.path {self._update.loss.path}: {exc}") from exc
             for name, values in output.metrics.items():
                 is_per_token = values.dim() == 2
-                counted = values[mask] if is_per_token else values
+                counted = (values[mask] if is_per_token else values).detach()
                 statistics.means.add(f"loss/{name}", float(counted.sum()), counted.numel())
             policy_term = output.token_loss.masked_fill(~mask, 0.0)
             return policy_term if fixed.correction is None else policy_term * fixed.correction, None

@@ -544,6 +544,7 @@ def test_a_loss_whose_module_misses_a_package_names_that_package(
         (lambda x: x.detach(), {}, "no grad_fn"),
         (lambda x: x, {"seen": torch.zeros(3)}, r"'seen'.*\[2\], got \[3\]"),
         (lambda x: x, {"seen": 1.0}, r"'seen'.*got float"),
+        (lambda x: x, {"kl": torch.zeros(2)}, r"'kl'.*give it another than policy, kl"),
     ],
 )
 def test_an_output_that_does_not_fit_says_what_was_expected(token_loss: Any, metrics: Any, message: str) -> None:

@@ -42,7 +42,7 @@ def recording_loss(given: LossInput, *, factor: float = 1.0) -> LossOutput:
     given_to_the_custom_loss.append(given)
     token_loss = -factor * given.logprobs * given.advantages[:, None]
     row_number = torch.arange(len(given.advantages), dtype=torch.float32)
-    return LossOutput(token_loss=token_loss, metrics={"chosen": given.logprobs.detach(), "row": row_number})
+    return LossOutput(token_loss=token_loss, metrics={"chosen": given.logprobs, "row": row_number})
 
 
 def detached_loss(given: LossInput) -> LossOutput:
