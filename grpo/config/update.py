@@ -123,6 +123,12 @@ class RolloutCorrectionConfig(StrictModel):
     sequence_log_ratio: Literal["mean", "sum"] = "mean"
     """For `sequence`: the mean over tokens is biased, but length does not decide."""
 
+    @model_validator(mode="after")
+    def _keeps_something(self) -> RolloutCorrectionConfig:
+        if self.mode == "mask" and self.low >= self.bound:
+            raise ValueError(f"low = {self.low} is not below high = {self.bound}, so every token would be masked")
+        return self
+
     @property
     def bound(self) -> float:
         """What `high` stands for."""

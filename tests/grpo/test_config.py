@@ -307,6 +307,15 @@ def test_a_rollout_correction_has_the_bound_of_its_mode_unless_it_names_one(mode
         assert correction.bound == expected
 
 
+def test_a_rollout_correction_that_would_mask_every_token_is_refused() -> None:
+    assert "low = 2.5 is not below high = 2.0" in error_of(
+        update={"correction": {"mode": "mask", "low": 2.5, "high": 2}}
+    )
+    assert (
+        parse(update={"correction": {"mode": "truncate", "low": 2.5}}).update.correction is not None
+    )  # low is not read
+
+
 def test_a_warm_ups_micro_batch_divides_its_batch() -> None:
     warmup = {"path": "w.jsonl", "steps": 1, "learning_rate": 1e-3, "batch_size": 6}
     assert "warmup: micro_batch_size = 4 does not divide 6" in error_of(warmup={**warmup, "micro_batch_size": 4})
