@@ -38,7 +38,7 @@ from grpo.update.beta import BandBeta, BetaController, DualBeta, FixedBeta, Prop
 from grpo.update.entropy import AdaptiveEntropyBonus, EntropyBonus, FixedEntropyBonus
 from grpo.update.losses import load_custom_loss
 from grpo.update.step import Updater
-from grpo.warmup import load_examples
+from grpo.warmup import load_examples, micro_batch_rows
 from rewards.base import RewardContext
 from rewards.registry import make_local_module_importable
 
@@ -97,6 +97,8 @@ def open_run(
     _check_held_out(config, prompts, purpose)
     _check_update(config, purpose)
     ranks = ranks or Ranks(use_cpu=config.device == "cpu")
+    if purpose == "train" and config.warmup is not None:
+        micro_batch_rows(config.warmup, num_ranks=ranks.count)
     device_name = "cpu" if config.device == "auto" and launched_for_cpu() else config.device
     device = choose_device(device_name, index=ranks.device_index)
     check_model(config.model, config.base_dir)

@@ -96,6 +96,21 @@ def load_examples(
     ]
 
 
+def micro_batch_rows(config: WarmupConfig, *, num_ranks: int) -> int:
+    """Rows that go through the model together on a rank.
+
+    Raises:
+        ConfigError: a batch cannot be shared out among the ranks.
+    """
+    rows = config.micro_batch_size or max(config.batch_size // num_ranks, 1)
+    if config.batch_size % (rows * num_ranks):
+        raise ConfigError(
+            f"warmup.batch_size is {config.batch_size}, which {num_ranks} processes with micro-batches of "
+            f"{rows} cannot share out. Set it to a multiple of {num_ranks * rows}."
+        )
+    return rows
+
+
 def warm_up(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
@@ -216,12 +231,7 @@ def _arguments(policy: Policy, config: WarmupConfig, *, seed: int, scratch: str)
     from trl.trainer.sft_config import SFTConfig  # slow to import, and most runs have no warm-up
 
     ranks = PartialState().num_processes
-    micro_batch_size = config.micro_batch_size or max(config.batch_size // ranks, 1)
-    if config.batch_size % (micro_batch_size * ranks):
-        raise ConfigError(
-            f"warmup.batch_size is {config.batch_size}, which {ranks} processes with micro-batches of "
-            f"{micro_batch_size} cannot share out. Set it to a multiple of {ranks * micro_batch_size}."
-        )
+    micro_batch_size = micro_batch_rows(config, num_ranks=ranks)
     on_cpu = policy.device.type == "cpu"
     training_seed = derived_seed(seed, "warmup") % 2**32  # numpy takes no longer one
     arguments = SFTConfig(

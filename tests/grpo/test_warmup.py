@@ -17,11 +17,11 @@ from builders import END, full_training, make_policy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from grpo.config import WarmupConfig
-from grpo.errors import DatasetError, NonFiniteUpdate
+from grpo.errors import ConfigError, DatasetError, NonFiniteUpdate
 from grpo.prompts import encode_prompt
 from grpo.runtime.policy import Policy
 from grpo.types import Message, Prompt
-from grpo.warmup import WarmupExample, WarmupReport, load_examples, warm_up
+from grpo.warmup import WarmupExample, WarmupReport, load_examples, micro_batch_rows, warm_up
 
 ROWS = [
     {"prompt": "capital of France?", "completion": "Paris."},
@@ -302,3 +302,12 @@ def test_a_row_that_cannot_be_used_is_named(
 def test_a_missing_file_is_an_error_of_the_dataset(tiny_model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no dataset at"):
         examples_of(tiny_model_dir, make_config(tmp_path).model_copy(update={"path": tmp_path / "none.jsonl"}))
+
+
+def test_a_batch_is_shared_out_among_the_ranks_or_refused(tmp_path: Path) -> None:
+    config = make_config(tmp_path, batch_size=6, micro_batch_size=None)
+    assert [micro_batch_rows(config, num_ranks=ranks) for ranks in (1, 2, 3)] == [6, 3, 2]
+    with pytest.raises(ConfigError, match=r"4 processes with micro-batches of 1 .* multiple of 4"):
+        micro_batch_rows(config, num_ranks=4)
+    with pytest.raises(ConfigError, match=r"2 processes with micro-batches of 2 .* multiple of 4"):
+        micro_batch_rows(make_config(tmp_path, batch_size=6, micro_batch_size=2), num_ranks=2)
