@@ -25,7 +25,7 @@ class Collected:
     own: tuple[int, ...]
     """Places in `groups` of this rank's."""
     discarded: tuple[ScoredGroup, ...]
-    """Groups that dynamic sampling replaced: their scores were all equal."""
+    """Groups that dynamic sampling replaced: their scores were all equal, or fewer than two had a verdict."""
     judge_seconds: float
     """From the first submission to the last verdict, over all rounds."""
 

@@ -47,7 +47,8 @@ def report_step(
     row["learning_rate"] = stats.learning_rate
     row[names.SAMPLER_RATIO_P99] = stats.sampler_ratio_p99
     row[names.SAMPLER_RATIO_MAX] = stats.sampler_ratio_max
-    row["sampler/kept_set_miss_frac"] = stats.num_forced / max(stats.num_tokens, 1)
+    is_compared = stats.sampler_ratio_p99 is not None
+    row["sampler/kept_set_miss_frac"] = stats.num_forced / max(stats.num_tokens, 1) if is_compared else None
     row["advantages/scale_factor"] = batch.advantages.scale_factor
     if stats.entropy_coefficient is not None:
         row[names.ENTROPY_COEFFICIENT] = stats.entropy_coefficient
@@ -56,6 +57,7 @@ def report_step(
     row.update({names.gradient_norm_name(name): value for name, value in stats.gradient_norms.items()})
     row.update({names.gradient_cosine_name(*pair): value for pair, value in stats.cosines.items()})
     row.update(_reward_figures(groups, batch))
+    row.update(_unscored_figures([*groups, *collected.discarded], batch.objectives))
     row.update(_completion_figures(groups, batch.objectives))
     row[names.RESAMPLED_GROUPS] = len(collected.discarded)
     sampled = [*groups, *collected.discarded]
@@ -81,7 +83,7 @@ MAX_SAMPLER_RATIO = 2.0
 
 def _warnings_of(row: Mapping[str, float | int | None], stats: UpdateStats) -> list[str]:
     found: list[str] = []
-    if stats.sampler_ratio_p99 > MAX_SAMPLER_RATIO:
+    if stats.sampler_ratio_p99 is not None and stats.sampler_ratio_p99 > MAX_SAMPLER_RATIO:
         found.append(
             f"step {row[names.STEP]}: one token in a hundred has probabilities in engine and trainer that differ by a "
             f"factor of {stats.sampler_ratio_p99:.1f} or more; compare them with dtype=float32 before you trust this "
@@ -114,8 +116,6 @@ def _reward_figures(groups: Sequence[ScoredGroup], batch: TrainBatch) -> dict[st
     for name in batch.objectives:
         verdicts = [verdicts[name] for group in groups for verdicts in group.verdicts if name in verdicts]
         values = [verdict.value for verdict in verdicts if verdict.value is not None]
-        if verdicts:
-            figures[names.unscored_frac_name(name)] = 1 - len(values) / len(verdicts)
         if values:
             mean = sum(values) / len(values)
             spread = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
@@ -123,6 +123,17 @@ def _reward_figures(groups: Sequence[ScoredGroup], batch: TrainBatch) -> dict[st
             figures[names.reward_std_name(name)] = spread**0.5
     asked = sum(len(group.rollout.prompt.objectives) for group in groups)
     figures[names.ZERO_VARIANCE_FRAC] = float(batch.advantages.is_flat.sum()) / max(asked, 1)
+    return figures
+
+
+def _unscored_figures(groups: Sequence[ScoredGroup], objectives: Sequence[str]) -> dict[str, float]:
+    """Of all that was asked: groups without verdicts are replaced first, and a failing judge must not hide there."""
+    figures: dict[str, float] = {}
+    for name in objectives:
+        verdicts = [verdicts[name] for group in groups for verdicts in group.verdicts if name in verdicts]
+        if verdicts:
+            num_missing = sum(verdict.value is None for verdict in verdicts)
+            figures[names.unscored_frac_name(name)] = num_missing / len(verdicts)
     return figures
 
 

@@ -25,7 +25,6 @@ from grpo.run_directory import RunDirectory
 from grpo.runtime.devices import peak_memory_bytes
 from grpo.runtime.distributed import Ranks
 from grpo.runtime.interruptions import interruptions
-from grpo.runtime.seeding import derived_seed
 from grpo.scoring import check_enough_verdicts
 from grpo.step_report import StepReport, check_can_go_on, report_step
 from grpo.stopwatch import Stopwatch
@@ -131,7 +130,9 @@ class Trainer:
                 resample_rounds=config.rollout.resample_rounds,
                 stopwatch=stopwatch,
             )
-            check_enough_verdicts(collected.groups, max_unscored_frac=config.scoring.max_unscored_frac)
+            check_enough_verdicts(
+                [*collected.groups, *collected.discarded], max_unscored_frac=config.scoring.max_unscored_frac
+            )
             batch = build_batch(
                 collected.groups,
                 {name: objective.weight for name, objective in config.objectives.items()},
@@ -146,7 +147,7 @@ class Trainer:
             if self._ranks.sum(batch.num_tokens) == 0:
                 raise TooFewVerdicts(
                     f"step {step}: nothing is left to train on: every completion is without a verdict, empty, or cut "
-                    "and masked (update.truncated)"
+                    "and masked. Where they are cut, raise rollout.max_new_tokens or set update.truncated.type=keep"
                 )
             with stopwatch("update"):
                 stats = parts.updater.step(batch, step=step - 1, steps=config.steps)
@@ -249,7 +250,7 @@ class Trainer:
             parts.policy,
             parts.tokenizer,
             config,
-            seed=derived_seed(self.config.seed, "warmup"),
+            seed=self.config.seed,
             end_token_ids=parts.params.end_token_ids,
             context_tokens=None if room is None else room + parts.params.max_new_tokens,
         )
@@ -263,7 +264,7 @@ class Trainer:
 
     def _stuck_betas(self) -> list[str]:
         return [
-            f"beta of {name} has been at its maximum for {self.config.objectives[name].beta.alarm_after} steps with "  # pyright: ignore[reportAttributeAccessIssue]
+            f"beta of {name} has been at its maximum for {self.config.objectives[name].beta.alarm_after} windows with "  # pyright: ignore[reportAttributeAccessIssue]
             "the KL still too high: try update.kl.estimator=k2 or k3+, which pull harder, or a lower learning rate"
             for name, controller in self.parts.updater.controllers.items()
             if controller.is_stuck

@@ -23,11 +23,14 @@ from grpo.trainer import Trainer
 
 ROWS = [{"id": f"p{n}", "prompt": f"Add {n} and 1.", "objectives": [("short", "long")[n % 2]]} for n in range(8)]
 REWARDS = '''
-"""Ten letters are best, or many vowels; completions of some prompts all score alike."""
+"""Ten letters are best, or many vowels; completions of some prompts all score alike, or have no verdict."""
 
 
-def letters(inputs, flat=()):
-    return [0.5 if one.prompt_id in flat else abs(len(one.completion) - 10) / -10 for one in inputs]
+def letters(inputs, flat=(), missing=()):
+    return [
+        None if one.prompt_id in missing else 0.5 if one.prompt_id in flat else abs(len(one.completion) - 10) / -10
+        for one in inputs
+    ]
 
 
 def vowels(inputs):
@@ -45,9 +48,10 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def make_objective(*, flat: Sequence[str] = (), **beta: Any) -> dict[str, Any]:
-    """One objective. Args: flat: ids of prompts whose completions all score alike; beta: fixed where empty."""
-    reward = {"name": "run_rewards:letters", "params": {"flat": list(flat)}}
+def make_objective(*, flat: Sequence[str] = (), missing: Sequence[str] = (), **beta: Any) -> dict[str, Any]:
+    """One objective. Args: flat: ids of prompts whose completions all score alike; missing: of those that get no
+    verdict; beta: fixed where empty."""
+    reward = {"name": "run_rewards:letters", "params": {"flat": list(flat), "missing": list(missing)}}
     return {"rewards": [reward], "beta": beta or {"type": "fixed", "value": 0.05}}
 
 

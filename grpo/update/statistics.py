@@ -83,9 +83,10 @@ class WindowStatistics:
         for name, count in part.num_scored_rows.items():
             self.num_scored_rows[name] = self.num_scored_rows.get(name, 0) + count
 
-    def sampler_ratio(self, quantile: float) -> float:
-        """That quantile of the ratio, either way, between policy and sampler; 1 where both agree or none was seen."""
+    def sampler_ratio(self, quantile: float) -> float | None:
+        """That quantile of the ratio, either way, between policy and sampler: 1 where both agree, None where no token
+        was seen."""
         gaps = torch.cat(self.sampler_gaps) if self.sampler_gaps else torch.zeros(0)
         if not gaps.numel():
-            return 1.0
+            return None
         return float(gaps.sort().values[int(quantile * (gaps.numel() - 1))].exp())

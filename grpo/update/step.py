@@ -1,7 +1,8 @@
-"""TrainBatch -> optimizer steps and their UpdateStats. Alone in this folder, it knows records, ranks and state."""
+"""TrainBatch -> optimizer steps and their UpdateStats. Owns the optimizer and its order of events."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -47,9 +48,11 @@ class UpdateStats:
     """Of the last window's gradient, before clipping; None where it was not finite."""
     learning_rate: float
     """That the steps were taken with."""
-    sampler_ratio_p99: float
-    """99th percentile of the ratio between policy and sampler, either way, before any truncation."""
-    sampler_ratio_max: float
+    sampler_ratio_p99: float | None
+    """99th percentile of the ratio between policy and sampler, either way, before any truncation; None where the first
+    window was skipped."""
+    sampler_ratio_max: float | None
+    """The largest."""
     kl_max: Mapping[str, float]
     """Objective -> largest per-token k3."""
     betas: Mapping[str, float]
@@ -138,6 +141,9 @@ class Updater:
                     seed = step * self._update.iterations + iteration
                     gram = self.gradients.combine(self._update.gradients.method, seed=seed)
                 grad_norm = self.gradients.clip(self._optim.max_grad_norm)
+                if not math.isfinite(grad_norm):  # the squares overflowed, and clipping made every entry 0
+                    skipped, grad_norm = self._overflown(), None
+                    break
                 self.optimizer.step()
                 window = window.merged(self._ranks)
                 self._observe(window)
@@ -213,6 +219,13 @@ class Updater:
         return NonFiniteStep(
             cause=f"the gradient of {name} is not finite; first in {modules[0] if modules else NOWHERE}",
             micro_batch=place,
+            in_a_row=self.non_finite_in_a_row + 1,
+        )
+
+    def _overflown(self) -> NonFiniteStep:
+        return NonFiniteStep(
+            cause="every entry of the gradient is finite, but its norm is not: they are above 1e19. Look at the scores",
+            micro_batch=None,
             in_a_row=self.non_finite_in_a_row + 1,
         )
 

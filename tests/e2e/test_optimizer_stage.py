@@ -59,6 +59,17 @@ def test_every_adaptive_beta_moves_and_its_run_resumes_bit_for_bit(kind: str, ru
     assert {row["beta/long"] for row in rows} == {0.05}
 
 
+def test_a_beta_that_has_long_been_powerless_is_told_with_what_to_try(runs: Runs) -> None:
+    beta = {"type": "band", "low": 0.0, "high": 1e-9, "initial": 0.1, "maximum": 0.1, "alarm_after": 2}
+    told = Notebook()
+    runs.run("run", steps=4, observer=told, objectives={"short": make_objective(**beta), "long": make_objective()})
+    # the KL of the first step is 0, so steps 2 and 3 are the two windows
+    assert len(told.warnings) == 2  # behind steps 3 and 4
+    assert all(
+        "beta of short has been at its maximum for 2 windows" in text and "k3+" in text for text in told.warnings
+    )
+
+
 def test_an_adaptive_entropy_bonus_grows_below_its_target_and_resumes_bit_for_bit(runs: Runs) -> None:
     entropy = {"type": "adaptive", "target": 100.0, "step": 1e-2, "initial": 1e-2, "maximum": 0.03}
     whole = runs.run_in_two_parts(steps=4, update={"entropy": entropy})

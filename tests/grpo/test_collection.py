@@ -10,6 +10,7 @@ import pytest
 from run_builders import ROWS, Runs, completions_of, make_objective, metrics_of
 
 from grpo.config import TaskPrompts
+from grpo.errors import TooFewVerdicts
 from grpo.prompts import ListSource, PromptSource, open_prompts
 from grpo.types import Message, Prompt
 
@@ -141,6 +142,22 @@ def test_flat_groups_are_replaced_by_others_of_the_same_objectives_counted_and_w
 def test_a_run_with_dynamic_sampling_resumes_bit_for_bit(runs: Runs) -> None:
     run_dir = runs.run_in_two_parts(objectives=with_flat(FLAT), rollout=ROLLOUT)
     assert sum(row["groups/resampled"] for row in metrics_of(run_dir)) > 0
+
+
+def test_missing_verdicts_count_and_stop_the_run_though_their_group_was_replaced(runs: Runs) -> None:
+    asked, _ = prompts_of(runs.run("plain", steps=1), 1)
+    failing = asked[0]
+    objectives = {name: make_objective(missing=[failing]) for name in ("short", "long")}
+    (own,) = next(row["objectives"] for row in ROWS if row["id"] == failing)
+    lenient = runs.run("lenient", steps=1, objectives=objectives, rollout=ROLLOUT, scoring={"max_unscored_frac": 1})
+    trained, discarded = prompts_of(lenient, 1)
+    assert failing in discarded
+    assert failing not in trained
+    (row,) = metrics_of(lenient)
+    asked_in_all = sum(own in line["verdicts"] for line in completions_of(lenient))
+    assert row[f"reward/{own}/unscored_frac"] == 4 / asked_in_all
+    with pytest.raises(TooFewVerdicts, match=f"objective {own}: 4 of {asked_in_all} completions have no verdict"):
+        runs.run("strict", steps=1, objectives=objectives, rollout=ROLLOUT, scoring={"max_unscored_frac": 0})
 
 
 def test_where_every_group_is_flat_the_search_ends_and_the_steps_own_prompts_stay(runs: Runs) -> None:

@@ -77,6 +77,18 @@ def test_groups_that_were_replaced_are_written_down_without_an_advantage_and_are
     assert [line["advantage"] for line in report.completions[-2:]] == [None, None]
 
 
+def test_completions_without_a_verdict_count_as_unscored_though_their_group_was_replaced() -> None:
+    unscored = make_group([{"a": None}, {"a": None}, {"a": None}], lengths=[1, 1, 1], seed=3)
+    row = report_of(STATS, discarded=(unscored,)).row
+    assert row["reward/a/unscored_frac"] == pytest.approx(4 / 6)  # one of three, and all three that were replaced
+    assert row["reward/a/mean"] == 0.5
+
+
+def test_a_step_that_was_skipped_before_engine_and_trainer_were_compared_says_nothing_of_them() -> None:
+    row = report_of(replace(STATS, sampler_ratio_p99=None, sampler_ratio_max=None, num_forced=0)).row
+    assert [row[f"sampler/{name}"] for name in ("ratio_p99", "ratio_max", "kept_set_miss_frac")] == [None] * 3
+
+
 def test_a_run_stops_at_the_last_skipped_step_that_it_may_have() -> None:
     skipped = NonFiniteStep(cause="the loss; first in layers.3", micro_batch=0, in_a_row=2)
     report = report_of(replace(STATS, skipped=skipped, grad_norm=None))

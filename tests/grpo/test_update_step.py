@@ -289,6 +289,20 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_names_where_it_began(t
     assert all(torch.equal(value, start[name]) for name, value in snapshot(policy).items())
 
 
+def test_a_gradient_whose_norm_overflows_skips_the_step_instead_of_being_clipped_to_zero(tiny_model_dir: Path) -> None:
+    policy = make_policy(tiny_model_dir)
+    updater = make_updater(policy)
+    updater.step(batch_of())  # the optimizer has momentum: a gradient of zeros would move the weights
+    start = snapshot(policy)
+    batch = batch_of()
+    huge = tuple(replace(micro, advantages=micro.advantages * 1e25) for micro in batch.micro_batches)
+    stats = updater.step(replace(batch, micro_batches=huge))
+    assert stats.skipped is not None
+    assert "its norm is not" in stats.skipped.cause
+    assert stats.grad_norm is None
+    assert all(torch.equal(value, start[name]) for name, value in snapshot(policy).items())
+
+
 def test_the_adapter_is_on_again_after_the_reference_pass_raised(tiny_model_dir: Path) -> None:
     policy = make_policy(tiny_model_dir)
     updater = make_updater(policy)
