@@ -17,7 +17,7 @@ def dump_batch(run_dir: Path, step: int, batch: TrainBatch, skipped: NonFiniteSt
     The tensors are called "<micro-batch>/<field of grpo.batching.MicroBatch>".
     """
     folder = run_dir / "non_finite"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)  # the run directory is the main rank's; this may be another machine
     path = folder / f"step-{step}-rank-{rank}.safetensors"
     tensors = {
         f"{place}/{name}": getattr(micro_batch, name).contiguous()

@@ -48,7 +48,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
-    """One window: all that one optimizer step learns from."""
+    """What a rank computes of a step: one window, or update.iterations windows over the same rows."""
 
     micro_batches: tuple[MicroBatch, ...]
     objectives: tuple[str, ...]

@@ -1,4 +1,5 @@
-"""Saves and restores a run: weights, optimizer, betas, step. Safetensors and JSON only; no pickle is ever read.
+"""Saves and restores a run: weights, reference, optimizer, betas, entropy bonus, counts. Safetensors and JSON only;
+no pickle is ever read.
 
 A checkpoint is written into a temporary folder, every file synced, the manifest last, and then renamed: a folder
 called step-N is whole, and its manifest's hashes say so.
@@ -101,7 +102,7 @@ def latest_checkpoint(run_dir: Path) -> Checkpoint:
 
 
 def load_checkpoint(checkpoint: Checkpoint, updater: Updater) -> int:
-    """Restore weights, optimizer and betas; returns the number of steps taken. Raises CheckpointError."""
+    """Restore all that `save_checkpoint` wrote; returns the number of steps taken. Raises CheckpointError."""
     problem = _damage(checkpoint.folder)
     if problem is not None:
         raise CheckpointError(f"{checkpoint.folder}: {problem}")

@@ -33,7 +33,8 @@ class _AdaptiveBetaConfig(StrictModel):
     observe: ObservedKl = "k3"
     """What the KL is: the k3 estimate, or the mean of the penalty that the loss uses."""
     alarm_after: int = Field(default=20, ge=1)
-    """Steps in a row with beta at its maximum and the KL still too high, after which a warning says so."""
+    """Windows in a row (update.iterations of them a step) with beta at its maximum and the KL still too high, after
+    which a warning says so."""
 
     @property
     def observed(self) -> ObservedKl:
@@ -54,7 +55,7 @@ class BandBetaConfig(_AdaptiveBetaConfig):
     low: float = Field(ge=0)
     high: float = Field(gt=0)
     rate: float = Field(default=0.1, gt=0, lt=1)
-    """Beta changes by this share per step while the KL is outside."""
+    """Beta changes by this share per window while the KL is outside."""
 
     @model_validator(mode="after")
     def _has_room(self) -> BandBetaConfig:
@@ -70,7 +71,7 @@ class ProportionalBetaConfig(_AdaptiveBetaConfig):
     target: float = Field(gt=0)
     """KL to hold, in nats per token."""
     horizon: float = Field(default=10_000, gt=0)
-    """Rows over which beta may change by its own size; the rows of a step over it are the step's share."""
+    """Rows over which beta may change by its own size; the rows of a window over it are the window's share."""
 
 
 class DualBetaConfig(_AdaptiveBetaConfig):
@@ -80,7 +81,7 @@ class DualBetaConfig(_AdaptiveBetaConfig):
     target: float = Field(gt=0)
     """KL to hold, in nats per token."""
     rate: float = Field(default=0.1, gt=0)
-    """Log beta changes by this much per step at twice the target."""
+    """Log beta changes by this much per window at twice the target."""
 
 
 BetaConfig = Annotated[

@@ -14,7 +14,7 @@ from grpo.config.update import OptimConfig, UpdateConfig
 
 
 class RolloutConfig(StrictModel):
-    """How completions are sampled. temperature, top_p and top_k go to the engine as its own arguments."""
+    """How completions are sampled. temperature, top_p, top_k and min_p go to the engine as its own arguments."""
 
     group_size: int = Field(default=8, ge=2)
     """K completions per prompt; advantages are relative to the group, so at least 2."""
@@ -58,7 +58,9 @@ class ScoringConfig(StrictModel):
 
 
 class WarmupConfig(StrictModel):
-    """Supervised training before the first step, on the same trainable parameters (TRL's SFTTrainer)."""
+    """Supervised training before the first step, on the same trainable parameters (TRL's SFTTrainer).
+
+    Where it ends is the reference of the KL."""
 
     path: Path
     """JSON-lines or JSON file with a prompt and its completion in each row; relative to the recipe's folder."""
@@ -81,7 +83,7 @@ class WarmupConfig(StrictModel):
 
 
 class LoraTrainable(StrictModel):
-    """Low-rank adapters; the reference is the same model with them switched off."""
+    """Low-rank adapters; the reference is the same model with them switched off, or as a warm-up left them."""
 
     type: Literal["lora"] = "lora"
     rank: int = Field(default=16, ge=1)
