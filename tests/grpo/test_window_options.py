@@ -362,6 +362,25 @@ def test_an_adaptive_bonus_above_its_target_leaves_the_gradient_alone(tiny_model
 # KL
 
 
+def test_the_recipes_clamp_bounds_the_penalty_and_the_tokens_beyond_it_are_counted(tiny_model_dir: Path) -> None:
+    batch, limit = make_batch(GROUPS), 0.02
+    policy = moved_policy(tiny_model_dir)
+    with torch.no_grad():
+        differences = torch.cat(
+            [
+                (policy_pass(policy, micro, PARAMS).plain_logprobs - reference_logprobs(policy, micro, PARAMS))[
+                    micro.completion_mask
+                ]
+                for micro in batch.micro_batches
+            ]
+        ).abs()  # [N]
+    assert bool((differences > limit).any())
+    assert bool((differences < limit).any())
+    stats = make_updater(policy, update=update_of(kl={"estimator": "abs", "max_log_ratio": limit})).step(batch)
+    assert stats.means["kl/clamped_frac"] == pytest.approx(float((differences > limit).float().mean()))
+    assert stats.means["kl/a/penalty"] == pytest.approx(float(differences.clamp(max=limit).mean()), rel=1e-4)
+
+
 def test_kl_in_the_reward_equals_taking_it_off_the_advantages_by_hand(tiny_model_dir: Path) -> None:
     groups = [
         make_group([{"a": 1.0}, {"a": 0.0}], lengths=[4, 6], seed=1),
