@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from grpo.run_directory import RunDirectory
 from grpo.runtime.devices import peak_memory_bytes
 from grpo.runtime.distributed import Ranks
 from grpo.runtime.interruptions import interruptions
+from grpo.runtime.seeding import derived_seed
 from grpo.scoring import check_enough_verdicts
 from grpo.step_report import StepReport, check_can_go_on, report_step
 from grpo.stopwatch import Stopwatch
@@ -76,6 +77,7 @@ class Trainer:
         self._observer = observer if self._ranks.is_main else None
         self._directory = RunDirectory(config.output_dir)
         self._parts: RunParts | None = None
+        self._stuck: set[str] = set()
 
     @property
     def is_main(self) -> bool:
@@ -150,7 +152,9 @@ class Trainer:
                     "and masked. Where they are cut, raise rollout.max_new_tokens or set update.truncated.type=keep"
                 )
             with stopwatch("update"):
-                stats = parts.updater.step(batch, step=step - 1, steps=config.steps)
+                stats = parts.updater.step(
+                    batch, step=step - 1, steps=config.steps, seed=derived_seed(config.seed, "combination", step)
+                )
             with stopwatch("sync"):
                 parts.engine.load_weights(parts.policy)
         stopwatch.add("judge", collected.judge_seconds)
@@ -198,7 +202,7 @@ class Trainer:
         with interruptions() as interrupted:
             before = self._before(done, checkpoint)
             if checkpoint is None and config.warmup is not None:
-                self._warm_up(config.warmup)
+                self._warm_up(config.warmup, lambda: self._ranks.any(interrupted.is_set()))
             durations: list[float] = []
             while done < config.steps and not self._ranks.any(interrupted.is_set()):
                 try:
@@ -241,11 +245,18 @@ class Trainer:
     def _read_eval(self) -> dict[str, Any]:
         return self._ranks.on_main(self._directory.read_eval)
 
-    def _warm_up(self, config: WarmupConfig) -> None:
+    def _warm_up(self, config: WarmupConfig, should_stop: Callable[[], bool]) -> None:
+        """Raises KeyboardInterrupt where it was stopped: half a warm-up is nothing that a run could go on from."""
         from grpo.warmup import warm_up  # trl takes seconds to import
 
         parts = self.parts
         room = parts.max_prompt_tokens
+        every = max(config.steps // 10, 1)
+
+        def tell(step: int, loss: float) -> None:
+            if step % every == 0:
+                self._note(f"warm-up step {step} of {config.steps}: loss {loss:.3f}")
+
         report = warm_up(
             parts.policy,
             parts.tokenizer,
@@ -253,7 +264,11 @@ class Trainer:
             seed=self.config.seed,
             end_token_ids=parts.params.end_token_ids,
             context_tokens=None if room is None else room + parts.params.max_new_tokens,
+            on_step=tell,
+            should_stop=should_stop,
         )
+        if report.steps < config.steps:
+            raise KeyboardInterrupt
         parts.policy.take_as_reference()
         parts.engine.load_weights(parts.policy)
         self._saved(0, None)
@@ -263,11 +278,13 @@ class Trainer:
         )
 
     def _stuck_betas(self) -> list[str]:
+        """One warning for each beta that has come to its end; again once it was free in between."""
+        stuck = {name for name, controller in self.parts.updater.controllers.items() if controller.is_stuck}
+        new, self._stuck = stuck - self._stuck, stuck
         return [
             f"beta of {name} has been at its maximum for {self.config.objectives[name].beta.alarm_after} windows with "  # pyright: ignore[reportAttributeAccessIssue]
             "the KL still too high: try update.kl.estimator=k2 or k3+, which pull harder, or a lower learning rate"
-            for name, controller in self.parts.updater.controllers.items()
-            if controller.is_stuck
+            for name in sorted(new)
         ]
 
     def _before(self, done: int, checkpoint: Checkpoint | None) -> list[Answer] | None:
@@ -329,6 +346,7 @@ def title_rows(config: RunConfig, parts: RunParts) -> list[tuple[str, str]]:
             "effective batch",
             f"{config.prompts.per_step} prompts x {config.rollout.group_size} completions = {batch} rows",
         ),
+        ("processes", str(parts.ranks.count)),
         ("objectives", ", ".join(config.objectives)),
         ("run directory", str(config.output_dir)),
     ]

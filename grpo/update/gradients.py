@@ -20,13 +20,7 @@ _GRAM_COLUMNS = 2**20
 """So many entries of each gradient are in float64 at a time."""
 
 
-def combine_gradients(
-    gradients: Tensor,
-    *,
-    method: CombinationMethod = "sum",
-    seed: int = 0,
-    dot: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Tensor:
+def combine_gradients(gradients: Tensor, *, method: CombinationMethod = "sum", seed: int = 0) -> Tensor:
     """One gradient from several objectives' window gradients, on the scale of their sum.
 
     Args:
@@ -34,8 +28,6 @@ def combine_gradients(
             adding up is something else.
         method: `sum`, `pcgrad`, `cagrad` or `mgda` (FORMULAS 7, grpo.update.combination).
         seed: of PCGrad's orders.
-        dot: inner product of two rows over all of their entries, where this process holds a part of D: the parts'
-            products, added over the ranks. None: D is all here.
     Returns:
         [D] in the gradients' dtype; the one row unchanged where O = 1.
     Raises:
@@ -43,8 +35,7 @@ def combine_gradients(
     """
     if gradients.ndim != 2 or not len(gradients):
         raise ValueError(f"gradients are [O, D] with O >= 1, these are {list(gradients.shape)}")
-    gram = gram_matrix(gradients) if dot is None else _gram_by_dot(gradients, dot)
-    return _weighted_sum(combination_weights(gram, method=method, seed=seed), gradients)
+    return _weighted_sum(combination_weights(gram_matrix(gradients), method=method, seed=seed), gradients)
 
 
 def gram_matrix(gradients: Tensor) -> Tensor:
@@ -191,15 +182,6 @@ class GradientWindow:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _gram_by_dot(gradients: Tensor, dot: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    num_objectives = len(gradients)
-    gram = torch.zeros(num_objectives, num_objectives, dtype=torch.float64)
-    for i in range(num_objectives):
-        for j in range(i + 1):
-            gram[i, j] = gram[j, i] = dot(gradients[i], gradients[j])
-    return gram
 
 
 def _weighted_sum(weights: Tensor, gradients: Tensor) -> Tensor:

@@ -98,13 +98,14 @@ class Updater:
         self.gradients = GradientWindow(parameters)
         self.optimizer = build_optimizer(parameters, optim)
 
-    def step(self, batch: TrainBatch, *, step: int = 0, steps: int = 1) -> UpdateStats:
+    def step(self, batch: TrainBatch, *, step: int = 0, steps: int = 1, seed: int = 0) -> UpdateStats:
         """mu windows over one batch; in each: zero once, add every micro-batch's gradient, clip once, step once.
 
         A loss or gradient that is not finite on any rank ends the windows before the optimizer steps.
 
         Args:
             step: number of the step, from 0; of `steps`. What the learning-rate schedule goes by.
+            seed: of the orders in which PCGrad projects; another in each step.
         Raises:
             ValueError: no rank has a loss token.
         """
@@ -138,8 +139,7 @@ class Updater:
                     grad_norm = None
                     break
                 if is_apart:
-                    seed = step * self._update.iterations + iteration
-                    gram = self.gradients.combine(self._update.gradients.method, seed=seed)
+                    gram = self.gradients.combine(self._update.gradients.method, seed=seed + iteration)
                 grad_norm = self.gradients.clip(self._optim.max_grad_norm)
                 if not math.isfinite(grad_norm):  # the squares overflowed, and clipping made every entry 0
                     skipped, grad_norm = self._overflown(), None

@@ -124,11 +124,11 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-def gradients_of(updater: Updater, batch: TrainBatch, *, step: int = 0) -> tuple[list[Tensor], UpdateStats]:
+def gradients_of(updater: Updater, batch: TrainBatch, *, seed: int = 0) -> tuple[list[Tensor], UpdateStats]:
     """The gradient that each optimizer step of one update was taken with."""
     found: list[Tensor] = []
     handle = updater.optimizer.register_step_pre_hook(lambda *_: found.append(flat_gradient(updater.policy)))
-    stats = updater.step(batch, step=step)
+    stats = updater.step(batch, seed=seed)
     handle.remove()
     return found, stats
 
@@ -248,7 +248,7 @@ def test_three_objectives_are_combined_with_the_steps_own_order(tiny_model_dir: 
     batch = window_of(three_objectives(), update, budget=40)
     assert batch.objectives == ("a", "b", "c")
     rows, _ = separate_gradients(tiny_model_dir, batch, update)
-    (got,), stats = gradients_of(make_apart_updater(moved_policy(tiny_model_dir), batch, update), batch, step=7)
+    (got,), stats = gradients_of(make_apart_updater(moved_policy(tiny_model_dir), batch, update), batch, seed=7)
     assert relative(got, combine_gradients(rows, method=method, seed=7)) < 1e-5
     assert set(stats.cosines) == {("a", "b"), ("a", "c"), ("b", "c")}
 
