@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests: scripts/test.sh [pytest arguments]
+# Runs the tests, one process a core: scripts/test.sh [pytest arguments]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment dev
-exec .venv/bin/python -m pytest "$@"
+export OMP_NUM_THREADS=1 # the processes fill the cores
+exec .venv/bin/python -m pytest --numprocesses auto --dist loadfile "$@"
