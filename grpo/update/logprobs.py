@@ -5,14 +5,14 @@ Pure functions of tensors; knows no model, no batch and no penalties (`process` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 192
 """Positions whose logits exist at one time."""
 
 _PRODUCT_ROWS = 8192
@@ -166,9 +166,10 @@ class _Head:
             processed = self.process(source, positions)
         return processed.detach(), lambda slope: torch.autograd.grad(processed, source, slope, retain_graph=True)[0]
 
-    def before_the_logits(self, slope: Tensor, logits: Tensor) -> Tensor:
+    def before_the_logits(self, slope: Tensor, logits: Tensor | None) -> Tensor:
         """[C, V] derivative by the raw logits -> by hidden @ weight.T, in the weight's dtype."""
         if self.softcap is not None:
+            assert logits is not None
             slope = slope * (1 - (logits / self.softcap).square())
         slope = slope if self.logit_scale == 1 else slope * self.logit_scale
         return slope.to(self.weight.dtype)
@@ -185,15 +186,16 @@ class _FrozenHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, targets: Tensor, head: _Head, chunk_tokens: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        slopes: list[tuple[Tensor, ...]] = []
-        for chunk in _chunks(hidden, targets, chunk_tokens):
-            values, chunk_slopes = _values_and_slopes(head, *chunk, wants_slopes=ctx.needs_input_grad[0])
-            parts.append(values)
-            slopes.append(chunk_slopes)
-        logprobs, entropy, plain = (torch.cat(part) for part in zip(*parts, strict=True))
+        wants_slopes = ctx.needs_input_grad[0]
+        logprobs, entropy, plain, *slopes = _gathered(
+            (
+                _values_and_slopes(head, *chunk, wants_slopes=wants_slopes)
+                for chunk in _chunks(hidden, targets, chunk_tokens)
+            ),
+            len(hidden),
+        )
         ctx.is_plain, ctx.dtype = head.process is None, hidden.dtype
-        ctx.save_for_backward(*(torch.cat(part) for part in zip(*slopes, strict=True)))
+        ctx.save_for_backward(*slopes)
         if not head.entropy_has_gradient:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy, plain
@@ -228,10 +230,10 @@ class _LearningHead(torch.autograd.Function):
         head: _Head,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parts = [
-            _values_and_slopes(head, *chunk, wants_slopes=False)[0] for chunk in _chunks(hidden, targets, chunk_tokens)
-        ]
-        logprobs, entropy, plain = (torch.cat(part) for part in zip(*parts, strict=True))
+        logprobs, entropy, plain = _gathered(
+            (_values_and_slopes(head, *chunk, wants_slopes=False) for chunk in _chunks(hidden, targets, chunk_tokens)),
+            len(hidden),
+        )
         ctx.save_for_backward(hidden, weight, bias, targets, entropy)
         ctx.head, ctx.chunk_tokens = head, chunk_tokens
         if not head.entropy_has_gradient:
@@ -246,7 +248,7 @@ class _LearningHead(torch.autograd.Function):
         hidden, weight, bias, targets, entropy = ctx.saved_tensors
         head = replace(ctx.head, weight=weight, bias=bias)  # those whose change in between autograd notices
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        of_hidden: list[Tensor] = []
+        of_hidden = torch.empty_like(hidden) if wants_hidden else None
         of_weight = torch.zeros_like(weight, dtype=_wide(weight)) if wants_weight else None
         of_bias = torch.zeros_like(bias, dtype=_wide(bias)) if wants_bias else None
         per_row = (values.split(ctx.chunk_tokens) for values in (*gradients, entropy))
@@ -254,14 +256,14 @@ class _LearningHead(torch.autograd.Function):
             _chunks(hidden, targets, ctx.chunk_tokens), *per_row, strict=True
         ):
             slope = _slope(head, rows, chosen, positions, *upstream)  # [C, V]
-            if wants_hidden:
-                of_hidden.append((slope @ weight).to(hidden.dtype))
+            if of_hidden is not None:
+                of_hidden[positions] = (slope @ weight).to(hidden.dtype)
             if of_weight is not None:
                 _add_product(of_weight, slope.T, rows.to(weight.dtype))
             if of_bias is not None:
                 of_bias += slope.sum(dim=0, dtype=of_bias.dtype)
         return (
-            torch.cat(of_hidden) if wants_hidden else None,
+            of_hidden,
             None if of_weight is None else of_weight.to(weight.dtype),
             None if of_bias is None else of_bias.to(bias.dtype),
             None,
@@ -270,17 +272,36 @@ class _LearningHead(torch.autograd.Function):
         )
 
 
+def _gathered(parts: Iterable[tuple[Tensor, ...]], num_rows: int) -> tuple[Tensor, ...]:
+    """The chunks' tensors [C, ...], one chunk after another, as [N, ...].
+
+    Written into place at once: kept apart, each would sit where a freed block of logits was, and the next chunk's,
+    which no longer fit there, make the heap of a CPU process grow by the size of all logits together.
+    """
+    whole: tuple[Tensor, ...] = ()
+    start = 0
+    for chunk in parts:
+        whole = whole or tuple(part.new_empty(num_rows, *part.shape[1:]) for part in chunk)
+        end = start + len(chunk[0])
+        for place, values in enumerate(whole):
+            values[start:end] = chunk[place]
+        start = end
+        del chunk  # before the next is made
+    return whole
+
+
 def _values_and_slopes(
     head: _Head, hidden: Tensor, targets: Tensor, positions: Tensor, *, wants_slopes: bool
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
-    """One chunk's three outputs [C], and their derivatives [C, H]: of the law, of the plain law where it differs, of
-    the entropy where it has a gradient. None where no slopes are wanted."""
+) -> tuple[Tensor, ...]:
+    """One chunk's three outputs [C], and after them their derivatives [C, H]: of the law, of the plain law where it
+    differs, of the entropy where it has a gradient. None of these where no slopes are wanted."""
     logits = head.logits(hidden)  # [C, V]
+    capped = logits if head.softcap is not None else None  # nothing else asks for them again, and they are large
     chosen = targets[:, None]
 
     def to_hidden(error: Tensor) -> Tensor:
         """The chain from the scaled logits back, whose constants are left for the small side: [C, V] -> [C, H]."""
-        return full_precision(head.before_the_logits(error, logits) @ head.weight).div_(-head.temperature)
+        return full_precision(head.before_the_logits(error, capped) @ head.weight).div_(-head.temperature)
 
     plain: Tensor | None = None
     slopes: list[Tensor] = []
@@ -292,6 +313,7 @@ def _values_and_slopes(
         del plain_law
     processed, pull_back = head.processed(logits, positions, wants_slope=wants_slopes)
     law = torch.log_softmax(head.scaled(processed), dim=-1)  # [C, V]
+    del logits, processed
     logprobs = law.gather(1, chosen)[:, 0]
     if head.can_ban:
         law.clamp_(min=_LEAST)
@@ -300,12 +322,12 @@ def _values_and_slopes(
     entropy = -surprise.sum(dim=-1)
     values = logprobs, entropy, logprobs.clone() if plain is None else plain
     if not wants_slopes:
-        return values, ()
+        return values
     if head.entropy_has_gradient:
         slopes.append(to_hidden(pull_back(surprise.addcmul_(probabilities, entropy[:, None]))))
     del law, surprise
     slopes.insert(0, to_hidden(pull_back(_error(probabilities, chosen))))
-    return values, tuple(slopes)
+    return *values, *slopes
 
 
 def _slope(
@@ -328,17 +350,20 @@ def _slope(
         """[C, 1]"""
         return (gradient / -head.temperature)[:, None]
 
+    plain: Tensor | None = None
+    if head.process is not None:
+        plain = _error(torch.softmax(head.scaled(logits), dim=-1), chosen).mul_(weighted(of_plain))
     processed, pull_back = head.processed(logits, positions, wants_slope=True)
     scaled = head.scaled(processed)
+    capped = logits if head.softcap is not None else None
+    del logits, processed
     error = _error(torch.softmax(scaled, dim=-1), chosen).mul_(weighted(of_logprobs))
     if head.entropy_has_gradient:
         law = torch.log_softmax(scaled, dim=-1).clamp_(min=_LEAST)
         error += law.exp() * (law + entropy[:, None]) * weighted(of_entropy)
+    del scaled
     slope = pull_back(error)
-    if head.process is not None:
-        plain = torch.softmax(head.scaled(logits), dim=-1)
-        slope = slope + _error(plain, chosen).mul_(weighted(of_plain))
-    return head.before_the_logits(slope, logits)
+    return head.before_the_logits(slope if plain is None else plain.add_(slope), capped)
 
 
 def _error(probabilities: Tensor, chosen: Tensor) -> Tensor:
