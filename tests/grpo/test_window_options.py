@@ -17,6 +17,7 @@ from torch import Tensor
 
 from grpo.batching import MicroBatch, TrainBatch
 from grpo.config import OptimConfig, UpdateConfig
+from grpo.errors import ConfigError
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.replay import Replay, kept_tokens
 from grpo.runtime.policy import Policy
@@ -467,7 +468,7 @@ def test_a_custom_losss_params_reach_it_and_its_metrics_are_logged_over_the_whol
 
 def test_a_detached_custom_loss_is_refused(tiny_model_dir: Path) -> None:
     update = update_of({"type": "custom", "path": f"{__name__}:detached_loss"})
-    with pytest.raises(ValueError, match="no grad_fn"):
+    with pytest.raises(ConfigError, match=r"detached_loss: .* no grad_fn"):
         make_updater(moved_policy(tiny_model_dir), update=update).step(make_batch(GROUPS))
 
 
