@@ -246,6 +246,7 @@ class WindowLoss:
         policy_term: Tensor,
         kl_term: Tensor,
     ) -> None:
+        """Means over loss tokens, whatever the loss itself is divided by, so that runs can be compared."""
         mask, num_tokens, loss = batch.completion_mask, batch.num_tokens, self._update.loss
         statistics.means.add(names.POLICY_LOSS, float(policy_term.sum()), num_tokens)
         statistics.means.add(names.KL_LOSS, float(kl_term.sum()), num_tokens)
@@ -258,6 +259,9 @@ class WindowLoss:
             ).tolist()
             statistics.means.add(names.CLIP_LOW_FRAC, clipped[0], num_tokens)
             statistics.means.add(names.CLIP_HIGH_FRAC, clipped[1], num_tokens)
+        elif isinstance(loss, CispoLossConfig):  # truncated, not silenced: on either side of the advantage
+            ratio = policy_ratio(forward.logprobs, fixed.old_logprobs, mask)
+            statistics.means.add(names.CLIP_HIGH_FRAC, float(((ratio > loss.max_ratio) & mask).sum()), num_tokens)
 
 
 def _record_sampler(statistics: WindowStatistics, work: MicroBatchWork, fixed: _Fixed) -> None:

@@ -466,6 +466,13 @@ def test_a_custom_losss_params_reach_it_and_its_metrics_are_logged_over_the_whol
     assert stats.means["loss/row"] == pytest.approx(sum(numbers) / 4)
 
 
+def test_the_share_of_tokens_whose_ratio_cispo_truncates_is_logged(tiny_model_dir: Path) -> None:
+    update = update_of({"type": "cispo", "max_ratio": 1.001}, iterations=2)
+    updater = make_updater(moved_policy(tiny_model_dir), update=update, learning_rate=0.05)
+    share = updater.step(make_batch(GROUPS)).means["clip/high_frac"]
+    assert 0 < share < 0.5  # of two windows, and in the first every ratio is 1
+
+
 def test_a_detached_custom_loss_is_refused(tiny_model_dir: Path) -> None:
     update = update_of({"type": "custom", "path": f"{__name__}:detached_loss"})
     with pytest.raises(ConfigError, match=r"detached_loss: .* no grad_fn"):
