@@ -276,4 +276,8 @@ def sampling_params(config: RunConfig, ends: tuple[int, ...]) -> SamplingParams:
         min_new_tokens=rollout.min_new_tokens,
         presence_penalty=rollout.presence_penalty,
         frequency_penalty=rollout.frequency_penalty,
+        penalties_over=rollout.penalties_over,
+        repetition_penalty=rollout.repetition_penalty,
+        repetition_over=rollout.repetition_over,
+        no_repeat_ngram=rollout.no_repeat_ngram,
     )

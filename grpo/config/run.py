@@ -10,44 +10,8 @@ from pydantic import Field, model_validator
 from grpo.config.base import StrictModel
 from grpo.config.objectives import ObjectiveConfig
 from grpo.config.prompts import PromptsConfig
+from grpo.config.rollout import RolloutConfig
 from grpo.config.update import OptimConfig, UpdateConfig
-
-
-class RolloutConfig(StrictModel):
-    """How completions are sampled. temperature, top_p, top_k and min_p go to the engine as its own arguments."""
-
-    group_size: int = Field(default=8, ge=2)
-    """K completions per prompt; advantages are relative to the group, so at least 2."""
-    temperature: float = Field(default=1.0, gt=0)
-    """A greedy policy (0) has no policy gradient: refused."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    """0 keeps all tokens."""
-    min_p: float = Field(default=0.0, ge=0, lt=1)
-    """Drops tokens less likely than this share of the likeliest."""
-    max_new_tokens: int = Field(default=256, ge=1)
-    min_new_tokens: int = Field(default=0, ge=0)
-    """No end token among the first so many tokens."""
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
-    """Taken off the logit of each token that the completion already holds, before the temperature."""
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    """As presence_penalty, times the number of occurrences."""
-    end_tokens: tuple[str | int, ...] = ()
-    """Further end tokens, by id or text, besides those of tokenizer, generation config and chat template."""
-    resample_rounds: int = Field(default=0, ge=0)
-    """Dynamic sampling (DAPO): groups whose scores are all equal are replaced by groups of other prompts, at most so
-    many times a step."""
-    max_rows: int = Field(default=64, ge=1)
-    """Rows decoded side by side; more prompts are sampled in turns."""
-
-    @model_validator(mode="after")
-    def _ends_fit(self) -> RolloutConfig:
-        if self.min_new_tokens >= self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens = {self.min_new_tokens} leaves no token for an end within "
-                f"max_new_tokens = {self.max_new_tokens}; set it lower"
-            )
-        return self
 
 
 class ScoringConfig(StrictModel):
@@ -131,6 +95,8 @@ class RunConfig(StrictModel):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the frozen weights and the matrix products; auto is bfloat16 where the hardware has it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """auto is flash-attn on CUDA where it is installed and the card has compute capability 8.0, else torch's SDPA."""
     prompts: PromptsConfig
     objectives: dict[str, ObjectiveConfig] = Field(min_length=1)
     rollout: RolloutConfig = RolloutConfig()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from grpo.prompts import EncodedPrompt
 from grpo.runtime.policy import Policy
@@ -27,6 +27,17 @@ class SamplingParams:
     """No end token among the first so many."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    penalties_over: Literal["completion", "prompt", "both"] = "completion"
+    """Where presence and frequency are counted."""
+    repetition_penalty: float = 1.0
+    repetition_over: Literal["completion", "prompt", "both"] = "both"
+    """Where the tokens of the repetition penalty are looked for."""
+    banned: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that no completion may hold."""
+    no_repeat_ngram: int = 0
+    """No sequence of so many tokens twice in a completion; 0 allows all."""
+    custom: tuple[tuple[str, str], ...] = ()
+    """Processors of one's own: (package.module:name, parameters as JSON), in their order."""
     end_token_ids: tuple[int, ...]
     """A completion ends at the first of these, which belongs to it."""
 
