@@ -8,7 +8,8 @@ GrpoError
 │   └── CheckpointError a checkpoint is damaged or belongs to another recipe
 └── RunStopped          the run cannot go on and must not guess: exit code 1
     ├── NonFiniteUpdate     loss or gradient is NaN or infinite
-    └── TooFewVerdicts      too many completions went unscored
+    ├── TooFewVerdicts      too many completions went unscored
+    └── EngineError         the rollout engine does not do what it was told
 """
 
 from __future__ import annotations
@@ -48,3 +49,7 @@ class NonFiniteUpdate(RunStopped):
 
 class TooFewVerdicts(RunStopped):
     """More completions of an objective went unscored than the recipe allows."""
+
+
+class EngineError(RunStopped):
+    """The rollout engine failed, or samples from other weights than the policy's."""

@@ -6,7 +6,7 @@ Knows engines and scorers; knows no training.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from grpo.metrics import bootstrap_difference, bootstrap_mean
@@ -45,8 +45,11 @@ def evaluate(
     Args:
         ranks: answer a share each; every rank gets all answers. This process alone where None.
     """
-    greedy = replace(
-        params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0
+    greedy = SamplingParams(
+        temperature=0.0,
+        max_new_tokens=params.max_new_tokens,
+        min_new_tokens=params.min_new_tokens,
+        end_token_ids=params.end_token_ids,
     )
 
     def answered_here() -> list[Answer]:

@@ -25,6 +25,7 @@ GRAD_NORM = "grad_norm"
 ENTROPY = "entropy"
 CLIP_LOW_FRAC = "clip/low_frac"
 CLIP_HIGH_FRAC = "clip/high_frac"
+CLIP_DELTA_FRAC = "clip/delta_frac"
 ZERO_VARIANCE_FRAC = "groups/zero_variance_frac"
 SAMPLER_RATIO_P99 = "sampler/ratio_p99"
 SAMPLER_RATIO_MAX = "sampler/ratio_max"
@@ -91,6 +92,11 @@ def length_mean_name(objective: str | None = None) -> str:
 def truncated_frac_name(objective: str | None = None) -> str:
     """Share of completions cut at max_new_tokens: of one objective's completions, or of all."""
     return "completion/truncated_frac" if objective is None else f"completion/{objective}/truncated_frac"
+
+
+def end_token_frac_name(token_id: int) -> str:
+    """Share of all completions that ended by this token; with the truncated share they sum to 1."""
+    return f"completion/end_token/{token_id}"
 
 
 def time_name(stage: str) -> str:

@@ -27,9 +27,9 @@ from grpo.objectives import build_objectives, check_objectives_of_prompts
 from grpo.prompts import EncodedPrompt, PromptSource, encode_prompt, open_prompts
 from grpo.rollout.base import RolloutEngine, SamplingParams
 from grpo.rollout.transformers_engine import TransformersEngine
-from grpo.runtime.devices import choose_device, choose_dtype
+from grpo.runtime.devices import choose_attention, choose_device, choose_dtype
 from grpo.runtime.distributed import Ranks, launched_for_cpu
-from grpo.runtime.models import check_model, end_token_ids, load_model, load_tokenizer
+from grpo.runtime.models import check_model, end_token_ids, has_flash_attention, load_model, load_tokenizer
 from grpo.runtime.policy import Policy
 from grpo.runtime.seeding import derived_seed
 from grpo.scoring import Scorer
@@ -220,7 +220,10 @@ def _with_model(
 ) -> RunParts:
     dtype = choose_dtype(config.dtype, device)
     tokenizer = load_tokenizer(config.model, base_dir=config.base_dir)
-    model = load_model(config.model, dtype=dtype, base_dir=config.base_dir).to(device)  # pyright: ignore[reportArgumentType]
+    attention = choose_attention(
+        config.attention, device, dtype, model_has_flash=has_flash_attention(config.model, base_dir=config.base_dir)
+    )
+    model = load_model(config.model, dtype=dtype, base_dir=config.base_dir, attention=attention).to(device)  # pyright: ignore[reportArgumentType]
     params = sampling_params(config, end_token_ids(tokenizer, model.generation_config, config.rollout.end_tokens))
     context_tokens = context_length(model.config)
     max_prompt_tokens = None if context_tokens is None else context_tokens - config.rollout.max_new_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,7 +139,8 @@ def _unscored_figures(groups: Sequence[ScoredGroup], objectives: Sequence[str]) 
 
 
 def _completion_figures(groups: Sequence[ScoredGroup], objectives: Sequence[str]) -> dict[str, float]:
-    """Lengths and truncated shares, overall and per objective: one objective's collapse must not average away."""
+    """Lengths and truncated shares, overall and per objective: one objective's collapse must not average away; and how
+    many ended by which token."""
     figures: dict[str, float] = {}
     for name in (None, *objectives):
         own = [
@@ -150,6 +152,9 @@ def _completion_figures(groups: Sequence[ScoredGroup], objectives: Sequence[str]
         if own:
             figures[names.length_mean_name(name)] = _mean_length(own)
             figures[names.truncated_frac_name(name)] = sum(c.finish_reason == "length" for c in own) / len(own)
+    everything = [completion for group in groups for completion in group.rollout.completions]
+    ends = Counter(c.token_ids[-1] for c in everything if c.finish_reason == "stop")
+    figures.update({names.end_token_frac_name(token): n / len(everything) for token, n in sorted(ends.items())})
     return figures
 
 

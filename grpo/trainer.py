@@ -21,6 +21,7 @@ from grpo.config import RunConfig, WarmupConfig
 from grpo.errors import CheckpointError, ConfigError, RunStopped, TooFewVerdicts
 from grpo.evaluate import Answer, compare, evaluate, examples, summarise
 from grpo.preflight import RunParts, open_run
+from grpo.rollout.canary import check_engine_follows
 from grpo.run_directory import RunDirectory
 from grpo.runtime.devices import peak_memory_bytes
 from grpo.runtime.distributed import Ranks
@@ -203,6 +204,7 @@ class Trainer:
             before = self._before(done, checkpoint)
             if checkpoint is None and config.warmup is not None:
                 self._warm_up(config.warmup, lambda: self._ranks.any(interrupted.is_set()))
+            self._check_engine(done)
             durations: list[float] = []
             while done < config.steps and not self._ranks.any(interrupted.is_set()):
                 try:
@@ -233,6 +235,13 @@ class Trainer:
             evaluation=self._read_eval(),
             was_interrupted=done < config.steps or needs_evaluation,
         )
+
+    def _check_engine(self, done: int) -> None:
+        """The first sync of a run, watched: an engine on other weights than the policy's is found now."""
+        parts = self.parts
+        if done < self.config.steps:
+            (prompt, *_) = parts.encode(parts.prompts.batch(done + 1))
+            self._ranks.together(lambda: check_engine_follows(parts.engine, parts.policy, prompt, parts.params))
 
     def _saved(self, step: int, checkpoint: Checkpoint | None) -> Checkpoint:
         """The last checkpoint where it is this step's, else a new one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import resource
 import sys
 
@@ -38,6 +39,40 @@ def has_native_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype, *, model_has_flash: bool) -> str | None:
+    """transformers' name of the attention; None leaves it its own choice: SDPA where the model has it, else eager.
+
+    Args:
+        name: the recipe's `attention`; auto is flash-attn where it can run.
+        model_has_flash: whether the architecture can call flash-attn.
+    Raises:
+        ConfigError: flash-attn is asked for and cannot run here; says which of its conditions fails.
+    """
+    if name not in ("auto", "flash_attention_2"):
+        return name
+    obstacle = _flash_attention_obstacle(device, dtype)
+    if obstacle is None and not model_has_flash:
+        obstacle = "this model's architecture cannot call it"
+    if obstacle is None:
+        return "flash_attention_2"
+    if name == "auto":
+        return None
+    raise ConfigError(f"attention is flash_attention_2, but {obstacle}. Set attention=auto or sdpa.")
+
+
+def _flash_attention_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"it runs on CUDA only, and the device is {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"it needs compute capability 8.0, and this card has {major}.{minor}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it multiplies 16-bit numbers only, and dtype is {str(dtype).removeprefix('torch.')}"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed (bash scripts/install_flash_attn.sh)"
+    return None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

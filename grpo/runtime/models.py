@@ -35,13 +35,14 @@ _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, Impor
 """What transformers raises for files it cannot use; everything else is a bug and keeps its traceback."""
 
 
-def load_model(name: str, *, dtype: torch.dtype, base_dir: Path) -> PreTrainedModel:
+def load_model(name: str, *, dtype: torch.dtype, base_dir: Path, attention: str | None = None) -> PreTrainedModel:
     """The causal language model `name`, on the CPU, in evaluation mode.
 
     Args:
         name: `package:<import name>`, a folder (absolute, or relative to base_dir), or a hub name.
         dtype: of the parameters.
         base_dir: what relative folders are relative to: the recipe's folder.
+        attention: transformers' name of it; None is SDPA where the architecture has it, else eager.
     Raises:
         ModelError: it cannot be found or loaded, or some weights are missing from it.
     """
@@ -50,7 +51,12 @@ def load_model(name: str, *, dtype: torch.dtype, base_dir: Path) -> PreTrainedMo
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                target, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                target,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
             )
     except _LOADING_ERRORS as exc:
         _raise_unusable(name, target, base_dir, exc)
@@ -62,6 +68,19 @@ def load_model(name: str, *, dtype: torch.dtype, base_dir: Path) -> PreTrainedMo
             "A complete causal language model is expected; fetch or save it again."
         )
     return model
+
+
+def has_flash_attention(name: str, *, base_dir: Path) -> bool:
+    """Whether the architecture of `name` can call flash-attn. Raises ModelError where its config cannot be read."""
+    target = resolve_model(name, base_dir)
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(target, trust_remote_code=False)
+    except _LOADING_ERRORS as exc:
+        _raise_unusable(name, target, base_dir, exc)
+    _check_architecture(name, config)
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return bool(architecture._supports_flash_attn)
 
 
 def load_tokenizer(name: str, *, base_dir: Path) -> PreTrainedTokenizerBase:

@@ -97,3 +97,15 @@ def test_a_run_stops_at_the_last_skipped_step_that_it_may_have() -> None:
     check_can_go_on(report, max_in_a_row=3)
     with pytest.raises(NonFiniteUpdate, match=r"2 steps in a row .*layers\.3"):
         check_can_go_on(report, max_in_a_row=2)
+
+
+def test_the_share_that_ended_by_each_token_is_told_and_sums_to_one_with_the_truncated_share() -> None:
+    cut = replace(GROUPS[0].rollout.completions[0], finish_reason="length")
+    other = replace(GROUPS[0].rollout.completions[1], token_ids=(9, 8, 7, 5))
+    rollout = replace(GROUPS[0].rollout, completions=(cut, other, GROUPS[0].rollout.completions[2]))
+    groups = (replace(GROUPS[0], rollout=rollout), GROUPS[1])
+    collected = Collected(groups=groups, own=(0, 1), discarded=(), judge_seconds=0.0)
+    row = report_step(3, collected, make_batch(GROUPS), STATS, seconds={"step": 2.0}, peak_bytes=7).row
+    assert row["completion/truncated_frac"] == pytest.approx(1 / 6)
+    assert row["completion/end_token/5"] == pytest.approx(1 / 6)
+    assert row["completion/end_token/2"] == pytest.approx(4 / 6)
