@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.processors import Prefix, build_processors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayedPrompts:
+    """The prompts of the replayed completions, each once."""
+
+    token_ids: Tensor
+    """[G, Lp] right-padded with token ids."""
+    lengths: Tensor
+    """[G]"""
+    of_row: Tensor
+    """[B] which of the G prompts a completion answers."""
 
 
 class Replay:
@@ -17,19 +31,32 @@ class Replay:
     """
 
     def __init__(
-        self, params: SamplingParams, token_ids: Tensor, rows: Tensor, offsets: Tensor, *, remembers: bool = False
+        self,
+        params: SamplingParams,
+        token_ids: Tensor,
+        rows: Tensor,
+        offsets: Tensor,
+        *,
+        prompts: ReplayedPrompts | None = None,
+        remembers: bool = False,
     ) -> None:
         """Place the law over completions.
 
         Args:
-            token_ids: [B, T] completions.
+            token_ids: [B, T] completions, right-padded with token ids.
             rows, offsets: [N] position n is token offsets[n] of row rows[n].
+            prompts: what the completions answer; None only for a law whose logits depend on no text.
             remembers: the kept sets of the first pass hold in all later ones, under other weights too; costs V / 8
                 bytes a position. The chunks must be cut alike in all passes.
+        Raises:
+            ValueError: the law looks at the text, and there are no prompts.
         """
         self._params = params
         self._token_ids, self._rows, self._offsets = token_ids, rows, offsets
         self._processors = build_processors(params)
+        if self._processors and prompts is None:
+            raise ValueError("a law with penalties, bans or processors of one's own is replayed with its prompts")
+        self._prompts = prompts
         self._remembered: dict[int, Tensor] | None = {} if remembers else None
         """First position of a chunk -> its kept set, 8 tokens a byte."""
         self._missed = torch.zeros(token_ids.shape, dtype=torch.bool, device=token_ids.device)  # [B, T]
@@ -51,12 +78,25 @@ class Replay:
     def process(self, logits: Tensor, positions: Tensor) -> Tensor:
         """[C, V] raw logits at `positions` [C] of the N -> [C, V], dropped tokens at -inf."""
         rows, offsets = self._rows[positions], self._offsets[positions]  # [C]
-        prefix = Prefix(token_ids=self._token_ids[rows], lengths=offsets)
-        for processor in self._processors:
-            logits = processor(logits, prefix)
+        if self._prompts is not None and self._processors:
+            logits = self._processed(logits, self._prompts, rows, offsets)
         if not self._has_filters:
             return logits
         return logits.masked_fill(~self._kept(logits.detach(), rows, offsets, int(positions[0])), -torch.inf)
+
+    def _processed(self, logits: Tensor, prompts: ReplayedPrompts, rows: Tensor, offsets: Tensor) -> Tensor:
+        """[C, V] after the processors. Each position has its row's whole text, C * (Lp + T) token ids: little beside
+        its C * V logits, and so nothing is kept from chunk to chunk."""
+        of_row = prompts.of_row[rows]  # [C]
+        prefix = Prefix(
+            prompt_ids=prompts.token_ids[of_row],
+            prompt_lengths=prompts.lengths[of_row],
+            token_ids=self._token_ids[rows],
+            lengths=offsets,
+        )
+        for processor in self._processors:
+            logits = processor(logits, prefix)
+        return logits
 
     def _kept(self, logits: Tensor, rows: Tensor, offsets: Tensor, first: int) -> Tensor:
         """[C, V] bool: what the filters keep, and the sampled token."""

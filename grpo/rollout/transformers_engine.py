@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import (
     DynamicCache,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,7 +26,7 @@ from transformers import (
 from grpo.errors import ModelError
 from grpo.prompts import EncodedPrompt
 from grpo.rollout.base import SamplingParams
-from grpo.rollout.processors import Prefix, Processor, build_processors
+from grpo.rollout.processors import Prefix, Processor, build_processors, right_padded
 from grpo.runtime.policy import Policy
 from grpo.runtime.seeding import derived_seed
 from grpo.types import Completion, RolloutGroup
@@ -73,9 +72,13 @@ class TransformersEngine:
     ) -> Iterator[RolloutGroup]:
         input_ids, mask = _left_padded([prompt.token_ids for prompt in prompts], pad=params.end_token_ids[0])
         device = next(self._model.parameters()).device
+        prompt_ids, prompt_lengths = right_padded([prompt.token_ids for prompt in prompts])
         decoding = _Decoding(
             params=params,
+            processors=build_processors(params),
             mask=mask.to(device),
+            prompt_ids=prompt_ids.to(device),
+            prompt_lengths=prompt_lengths.to(device),
             draws=_draws(prompts, num_samples, params=params, seed=seed),
             num_samples=num_samples,
         )
@@ -85,7 +88,6 @@ class TransformersEngine:
             input_ids.to(device),
             attention_mask=mask.to(device),
             generation_config=generation_config(params),
-            logits_processor=_native_list(build_processors(params), prompt_length=input_ids.shape[1]),
             custom_generate=_decode,
             decoding=decoding,
         )
@@ -134,8 +136,13 @@ class _Decoding:
     """What the loop needs beyond what `generate` passes on."""
 
     params: SamplingParams
+    processors: Sequence[Processor]
     mask: Tensor
     """[P, T_prompt]; `generate` drops one that is all ones."""
+    prompt_ids: Tensor
+    """[P, T_prompt] right-padded, as processors see prompts."""
+    prompt_lengths: Tensor
+    """[P]"""
     draws: Tensor
     """[B, max_new_tokens] float64 in [0, 1), a row's own random numbers."""
     num_samples: int
@@ -206,20 +213,19 @@ def _left_padded(sequences: Sequence[Sequence[int]], *, pad: int) -> tuple[Tenso
     return ids, mask
 
 
-class _Adapted(LogitsProcessor):
-    """One of our processors as transformers calls them: with the whole text, prompt included."""
-
-    def __init__(self, processor: Processor, *, prompt_length: int) -> None:
-        self._processor, self._prompt_length = processor, prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        completion = input_ids[:, self._prompt_length :]
-        lengths = torch.full((completion.shape[0],), completion.shape[1], device=completion.device)
-        return self._processor(scores, Prefix(token_ids=completion, lengths=lengths))
-
-
-def _native_list(processors: Sequence[Processor], *, prompt_length: int) -> LogitsProcessorList:
-    return LogitsProcessorList([_Adapted(processor, prompt_length=prompt_length) for processor in processors])
+def _processed(logits: Tensor, text: Tensor, rows: Sequence[_FinishedRow], decoding: _Decoding) -> Tensor:
+    """[B, V] logits after our processors; text: [B, T] with the left-padded prompt in front."""
+    completions = text[:, decoding.mask.shape[1] :]
+    prompts = torch.tensor([row.index // decoding.num_samples for row in rows], device=text.device)  # [B]
+    prefix = Prefix(
+        prompt_ids=decoding.prompt_ids[prompts],
+        prompt_lengths=decoding.prompt_lengths[prompts],
+        token_ids=completions,
+        lengths=torch.full_like(prompts, completions.shape[1]),
+    )
+    for processor in decoding.processors:
+        logits = processor(logits, prefix)
+    return logits
 
 
 @torch.no_grad()
@@ -234,7 +240,7 @@ def _decode(
 ) -> Iterator[_FinishedRow]:
     """The decoding loop that `generate` hands over to; yields each row when it has ended.
 
-    `logits_processor` holds our processors and, after them, the native temperature, top-k and top-p.
+    `logits_processor` holds the native temperature, top-k, top-p and min-p, which come after our processors.
     """
     k, params = decoding.num_samples, decoding.params
     cache = DynamicCache(config=model.config)
@@ -258,7 +264,8 @@ def _decode(
     has_left = torch.zeros(len(rows), dtype=torch.bool, device=text.device)  # [B]
 
     for step in range(params.max_new_tokens):
-        scores = logits_processor(text, logits.float())  # pyright: ignore[reportArgumentType]  # [B, V]
+        logits = _processed(logits.float(), text, rows, decoding)
+        scores = logits_processor(text, logits)  # pyright: ignore[reportArgumentType]  # [B, V]
         draws = decoding.draws[[row.index for row in rows], step].to(scores.device)
         tokens, logprobs = _pick(scores, draws, is_greedy=params.temperature == 0)
         has_ended = torch.isin(tokens, ends)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grpo.batching import MicroBatch
 from grpo.rollout.base import SamplingParams
-from grpo.rollout.replay import Replay
+from grpo.rollout.replay import Replay, ReplayedPrompts
 from grpo.runtime.policy import Policy, language_model_head
 from grpo.update.logprobs import Process, logprobs_under_both_laws
 from grpo.update.shared_prefix import predicting_states
@@ -38,7 +38,10 @@ class Forward:
 def replay_of(batch: MicroBatch, params: SamplingParams, *, remembers: bool = False) -> Replay:
     """The sampling law over a micro-batch's loss tokens; `remembers`: keeps the filters' sets for further passes."""
     rows, offsets = batch.completion_mask.nonzero(as_tuple=True)  # [N], [N]
-    return Replay(params, batch.completion_ids, rows, offsets, remembers=remembers)
+    prompts = ReplayedPrompts(
+        token_ids=batch.prompt_ids, lengths=batch.prompt_mask.sum(dim=-1), of_row=batch.prompt_of_row
+    )
+    return Replay(params, batch.completion_ids, rows, offsets, prompts=prompts, remembers=remembers)
 
 
 def policy_pass(
