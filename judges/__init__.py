@@ -6,9 +6,13 @@ from judges.clients.scripted import ScriptedClient
 from judges.config import EndpointConfig, JudgeConfig, ScaleConfig
 from judges.errors import (
     AuditFailed,
+    BudgetExceeded,
     InvalidVerdict,
     JudgeConfigError,
+    JudgeDenied,
     JudgeError,
+    JudgeFailure,
+    JudgeOverloaded,
     JudgeRefused,
     JudgeRejected,
     JudgeTimeout,
@@ -16,6 +20,7 @@ from judges.errors import (
 )
 from judges.pool import JudgePool
 from judges.types import (
+    Call,
     ChatReply,
     ChatRequest,
     Failed,
@@ -24,11 +29,14 @@ from judges.types import (
     Message,
     Scored,
     Usage,
+    Verdict,
 )
 
 __all__ = [
     "AuditFailed",
     "AuditLog",
+    "BudgetExceeded",
+    "Call",
     "ChatReply",
     "ChatRequest",
     "EndpointConfig",
@@ -37,7 +45,10 @@ __all__ = [
     "JudgeClient",
     "JudgeConfig",
     "JudgeConfigError",
+    "JudgeDenied",
     "JudgeError",
+    "JudgeFailure",
+    "JudgeOverloaded",
     "JudgePool",
     "JudgeRefused",
     "JudgeRejected",
@@ -50,4 +61,5 @@ __all__ = [
     "Scored",
     "ScriptedClient",
     "Usage",
+    "Verdict",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from typing import Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
@@ -22,15 +22,53 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True, allow_inf_nan=False)
 
 
+class PriceConfig(StrictModel):
+    """What an endpoint charges, in money per million tokens. Any currency, the same in a whole recipe."""
+
+    input: float = Field(ge=0)
+    """For the tokens read."""
+    output: float = Field(ge=0)
+    """For the tokens written."""
+
+    def cost(self, *, prompt_tokens: int, completion_tokens: int) -> float:
+        """Money for so many tokens."""
+        return (self.input * prompt_tokens + self.output * completion_tokens) / 1e6
+
+
 class EndpointConfig(StrictModel):
-    """Where a judge lives: any server that speaks OpenAI's chat completions."""
+    """Where a judge lives, what it is called there, what it takes and what it costs."""
 
     url: str
     """Base URL up to /v1, or env:NAME. Off this machine it must be https."""
     model: str = Field(min_length=1)
     """The model's name, as the server knows it."""
+    name: str | None = Field(None, min_length=1)
+    """What metrics and the audit call it; None takes the model's name."""
+    dialect: str = Field("openai_chat", min_length=1)
+    """"openai_chat", "anthropic_messages", an entry point of group `grpo.judges`, or `package.module:name`."""
     api_key: str | None = None
     """env:NAME, and nothing else; None sends no key."""
+    private_network: bool = False
+    """The name may lead into a private network (10.x, 192.168.x, ...). Link-local and metadata addresses never."""
+    requests_per_minute: float | None = Field(None, gt=0)
+    """What the endpoint allows; None knows no limit but the 429s."""
+    tokens_per_minute: float | None = Field(None, gt=0)
+    """What the endpoint allows, prompt and reply together."""
+    max_concurrency: int | None = Field(None, ge=1, le=1024)
+    """Most calls in flight here, whatever `concurrency` says."""
+    price: PriceConfig | None = None
+    """None knows no price: costs are then unknown, and a budget is refused."""
+    structured: Literal["text", "json_schema"] = "text"
+    """"json_schema" asks the server to hold the reply to a schema; "text" asks in words. Both are checked alike."""
+    temperature: float | None = Field(None, ge=0)
+    """None is not sent; some models take none."""
+    seed: int | None = None
+    """None is not sent."""
+
+    @property
+    def label(self) -> str:
+        """The endpoint's name, or its model's."""
+        return self.name or self.model
 
     @field_validator("url")
     @classmethod
@@ -94,15 +132,127 @@ class ScaleConfig(StrictModel):
         return self
 
 
+class AdaptiveConcurrency(StrictModel):
+    """Calls in flight, found out: doubles until the first 429, then x0.8 a spell of them and +5% a clean round."""
+
+    start: int = Field(8, ge=1, le=1024)
+    """Calls in flight at first."""
+    minimum: int = Field(1, ge=1, le=1024)
+    """Never fewer."""
+    maximum: int = Field(64, ge=1, le=1024)
+    """Never more."""
+    cooldown_s: float = Field(15.0, ge=0)
+    """After a cut, seconds in which further 429s belong to the same spell and successes count for nothing."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if not self.minimum <= self.start <= self.maximum:
+            raise ValueError(f"start is {self.start}; expected {self.minimum} (minimum) to {self.maximum} (maximum)")
+        return self
+
+
+class RetryBudgetConfig(StrictModel):
+    """How many tries beyond the first an endpoint gets, so that an outage is not answered with a storm."""
+
+    share: float = Field(0.1, ge=0, le=1)
+    """Extra tries per first try, within the window."""
+    floor: int = Field(10, ge=0)
+    """Extra tries that the window always allows."""
+    window_s: float = Field(60.0, gt=0)
+    """Seconds looked back upon."""
+
+
+class BreakerConfig(StrictModel):
+    """When an endpoint is left alone for a while. 429s do not count: it is healthy, but busy."""
+
+    failure_share: float = Field(0.5, gt=0, le=1)
+    """Opens at this share of failures,"""
+    min_calls: int = Field(10, ge=1)
+    """among at least so many calls,"""
+    window_s: float = Field(30.0, gt=0)
+    """within so many seconds."""
+    open_s: float = Field(5.0, gt=0)
+    """Seconds until one call may probe it; doubles with each failed probe, up to eightfold."""
+
+
+class HedgeConfig(StrictModel):
+    """A twin for a call that is slower than most: the first answer counts, the other is cancelled."""
+
+    quantile: float = Field(0.95, gt=0, lt=1)
+    """The twin starts when the call has taken longer than this share of the endpoint's last 200."""
+    min_calls: int = Field(20, ge=1)
+    """Answered calls before the quantile is trusted."""
+
+
+class EnsembleConfig(StrictModel):
+    """Every endpoint is a judge of its own, and all are asked; without this, the endpoints stand in for each other."""
+
+    quorum: int = Field(ge=1)
+    """Judges that must give a verdict; with fewer, it is missing."""
+    reduce: Literal["mean", "median", "min", "majority"] = "mean"
+    """How the verdicts become one. "majority": what more than half of those who answered gave, else missing."""
+    max_disagreement: float | None = Field(None, ge=0)
+    """Largest standard deviation among the judges; above it the verdict is missing."""
+
+
+class BudgetConfig(StrictModel):
+    """Caps on money. At a cap nothing more is asked, and what is not judged has no verdict."""
+
+    per_run: float | None = Field(None, gt=0)
+    """For the whole run, resumed parts included."""
+    per_step: float | None = Field(None, gt=0)
+    """For one training step."""
+
+
+class PointwiseMode(StrictModel):
+    """One completion a call. For what can be judged by itself, against a reference above all."""
+
+    type: Literal["pointwise"] = "pointwise"
+
+
+class GroupwiseMode(StrictModel):
+    """All completions of a prompt in one call, scored side by side. For open-ended answers."""
+
+    type: Literal["groupwise"] = "groupwise"
+    permutations: Literal[1, 2] = 2
+    """Orders asked for; the second is the first reversed, and the scores are averaged."""
+    completions_per_call: int = Field(16, ge=2)
+    """A larger group is split over several calls; the first of its (shuffled) completions stands in all of them."""
+    seed: int = 0
+    """Shuffles the completions, together with their texts: the same group comes in the same order."""
+
+
+class PairwiseMode(StrictModel):
+    """Two completions a call, in both orders. A judge that contradicts itself has said "a tie"."""
+
+    type: Literal["pairwise"] = "pairwise"
+    opponents: int | None = Field(None, ge=1)
+    """Completions that each is compared with, around a shuffled ring on each side; None compares all with all."""
+    seed: int = 0
+    """Shuffles the ring."""
+
+
+ModeConfig = Annotated[PointwiseMode | GroupwiseMode | PairwiseMode, Field(discriminator="type")]
+
+
+class Penalise(StrictModel):
+    """A completion that makes a healthy judge fail gets this score. The recipe's decision, not the judge's verdict."""
+
+    penalise: float
+    """The score it gets, such as the scale's worst."""
+
+
 class JudgeConfig(StrictModel):
     """One judge: whom to ask, what to ask, and how long to try."""
 
-    endpoint: EndpointConfig
-    """Where the judge lives."""
+    endpoints: tuple[EndpointConfig, ...] = Field(min_length=1, strict=False)  # a list in YAML
+    """Where the judge lives, in order of preference. A recipe with one may write `endpoint:` and leave the list out."""
     rubric: str = Field(min_length=1)
     """A built-in rubric's name ("fairness", "grounding"), or a path to a template (has a "/" or ends in .txt)."""
-    concurrency: int = Field(8, ge=1, le=1024)
-    """Calls in flight at a time."""
+    mode: ModeConfig = PointwiseMode()
+    """How many completions a call sees: pointwise, groupwise or pairwise; a bare name takes the mode's defaults."""
+    concurrency: int | AdaptiveConcurrency = Field(AdaptiveConcurrency())
+    """Calls in flight at a time and endpoint: a number fixes them, `{start, minimum, maximum}` lets them adapt."""
     timeout_s: float = Field(30.0, gt=0)
     """Seconds for one try, from connecting to the last byte."""
     deadline_s: float = Field(120.0, gt=0)
@@ -111,16 +261,63 @@ class JudgeConfig(StrictModel):
     """Tries while the judge is unreachable or overloaded. An invalid verdict has one more try of its own."""
     backoff_s: float = Field(0.5, gt=0, le=20)
     """Longest wait before the second try; doubles with each. The wait is drawn between 0 and that (full jitter)."""
+    retry_budget: RetryBudgetConfig = RetryBudgetConfig()
+    """Extra tries each endpoint gets, over all requests."""
+    breaker: BreakerConfig = BreakerConfig()
+    """When an endpoint is left alone."""
+    hedge: HedgeConfig | None = None
+    """None never sends a twin."""
+    ensemble: EnsembleConfig | None = None
+    """None asks one judge, and the next endpoint where the first cannot be had."""
     max_tokens: int = Field(512, ge=1)
-    """Most tokens of a reply."""
-    temperature: float | None = Field(None, ge=0)
-    """None is not sent; some models take none."""
-    seed: int | None = None
-    """None is not sent."""
+    """Most tokens of a reply about one completion; calls about several have as many times that."""
     max_input_chars: int = Field(8000, ge=200)
     """A question, reference or completion longer than this loses its middle, with a mark where it was cut."""
     scale: ScaleConfig = ScaleConfig()
     """The numbers a verdict may have."""
+    on_completion_fault: Literal["mask"] | Penalise | None = None
+    """What a completion gets that makes a healthy judge fail (too long, refused): `mask` leaves it without a verdict,
+    `{penalise: -1}` gives it that score. Where the recipe does not choose, it has no verdict, and that is reported."""
+    cache: str | None = Field(None, min_length=1)
+    """File that keeps verdicts between runs; None keeps none."""
+    budget: BudgetConfig | None = None
+    """Caps on money; needs every endpoint's price."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_short_forms(cls, raw: Any) -> Any:
+        """`endpoint: X` is `endpoints: [X]`, and `mode: groupwise` is `mode: {type: groupwise}`."""
+        if not isinstance(raw, dict):
+            return raw
+        raw = dict(raw)
+        if "endpoint" in raw and "endpoints" in raw:
+            raise ValueError("endpoint and endpoints are both given; expected one of them")
+        if "endpoint" in raw:
+            raw["endpoints"] = [raw.pop("endpoint")]
+        if isinstance(raw.get("mode"), str):
+            raw["mode"] = {"type": raw["mode"]}
+        return raw
+
+    @field_validator("concurrency")
+    @classmethod
+    def _check_concurrency(cls, concurrency: int | AdaptiveConcurrency) -> int | AdaptiveConcurrency:
+        if isinstance(concurrency, int) and not 1 <= concurrency <= 1024:
+            raise ValueError(f"concurrency is {concurrency}; expected 1 to 1024")
+        return concurrency
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        labels = [endpoint.label for endpoint in self.endpoints]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"two endpoints are called the same among {labels}; give each a name")
+        if self.ensemble and self.ensemble.quorum > len(self.endpoints):
+            raise ValueError(
+                f"ensemble.quorum is {self.ensemble.quorum}, but there are only {len(self.endpoints)} endpoints to ask"
+            )
+        unpriced = [endpoint.label for endpoint in self.endpoints if endpoint.price is None]
+        if self.budget and unpriced:
+            raise ValueError(f"budget needs a price for every endpoint, and {unpriced} have none; give price")
+        return self
 
 
 def checked_url(url: str) -> str:

@@ -15,8 +15,7 @@ from judges.config import JudgeConfig
 from judges.errors import (
     InvalidVerdict,
     JudgeConfigError,
-    JudgeRefused,
-    JudgeRejected,
+    JudgeFailure,
     JudgeTimeout,
     JudgeUnavailable,
 )
@@ -47,7 +46,8 @@ class JudgePool:
         self._config = config
         self._rubric = rubric or load_rubric(config.rubric)
         self._audit = audit
-        self._slots = asyncio.Semaphore(config.concurrency)
+        limit = config.concurrency
+        self._slots = asyncio.Semaphore(limit if isinstance(limit, int) else limit.start)
         self._random = random.Random()  # ours alone: a wait must not move the training's seeds
 
     async def judge(self, requests: Sequence[JudgeRequest]) -> list[Judgement]:
@@ -96,16 +96,14 @@ class JudgePool:
                 unavailable += 1
                 trail.problem = str(exc)
                 if unavailable >= self._config.attempts:
-                    return trail.failed("timeout" if isinstance(exc, JudgeTimeout) else "unavailable", str(exc))
+                    return trail.failed(exc.kind, str(exc))
                 wait_s = self._backoff_s(unavailable, exc.retry_after_s)
                 remaining_s = deadline - asyncio.get_running_loop().time()
                 if wait_s >= remaining_s:
                     return trail.failed("deadline", f"the next try is due in {wait_s:.3g} s, too late; last: {exc}")
                 await asyncio.sleep(wait_s)
-            except JudgeRejected as exc:
-                return trail.failed("rejected", str(exc), fault="completion" if exc.status == 413 else "judge")
-            except JudgeRefused as exc:
-                return trail.failed("refused", str(exc), fault="completion")
+            except JudgeFailure as exc:
+                return trail.failed(exc.kind, str(exc), fault=exc.fault)
             except JudgeConfigError:
                 raise
             except Exception as exc:  # noqa: BLE001 - somebody else's client: its bug must cost one verdict, not the run
@@ -124,8 +122,8 @@ class JudgePool:
         chat = ChatRequest(
             messages=(Message(role="user", content=prompt.text),),
             max_tokens=config.max_tokens,
-            temperature=config.temperature,
-            seed=config.seed,
+            temperature=config.endpoints[0].temperature,
+            seed=config.endpoints[0].seed,
         )
         async with self._slots:
             trail.begin(prompt)

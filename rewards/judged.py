@@ -127,7 +127,7 @@ class Judged:
 def _http_client(config: JudgeConfig) -> JudgeClient:
     from judges.clients.openai_chat import OpenAIChatClient  # late: httpx is not needed to read a recipe
 
-    return OpenAIChatClient(config.endpoint, timeout_s=config.timeout_s)
+    return OpenAIChatClient(config.endpoints[0], timeout_s=config.timeout_s)
 
 
 def _score_of(judgement: Judgement) -> Score:

@@ -156,7 +156,7 @@ def judge(
             config = JudgeConfig(
                 endpoint=endpoint(server.url, api_key=api_key), rubric="fairness", **{"backoff_s": 0.001, **settings}
             )
-            client = OpenAIChatClient(config.endpoint, timeout_s=config.timeout_s)
+            client = OpenAIChatClient(config.endpoints[0], timeout_s=config.timeout_s)
             audit = AuditLog(audit_path) if audit_path else None
             request = JudgeRequest(id="p#0", question="Who?", completion="Anna", reference="Anna", criterion="fairness")
             try:
@@ -208,7 +208,11 @@ def test_overload_and_server_errors_are_tried_again(status: int) -> None:
 def test_what_the_endpoint_will_never_take_is_not_tried_again(status: int) -> None:
     judgement, server = judge(reply(status, {"error": {"message": "no such model"}}), verdict(1.0))
     assert isinstance(judgement, Failed)
-    assert (judgement.kind, judgement.attempts, len(server.received)) == ("rejected", 1, 1)
+    assert (judgement.kind, judgement.attempts, len(server.received)) == (
+        "too_long" if status == 413 else "rejected",
+        1,
+        1,
+    )
     assert judgement.detail.startswith(f"HTTP {status}: ")
     assert "no such model" in judgement.detail
 

@@ -39,9 +39,12 @@ from judges.clients.scripted import verdict_for
 from judges.prompts import read_fences
 
 
+def make_endpoint(**settings: Any) -> EndpointConfig:
+    return EndpointConfig(**{"url": "http://127.0.0.1:9/v1", "model": "m", **settings})
+
+
 def make_config(**settings: Any) -> JudgeConfig:
-    endpoint = EndpointConfig(url="http://127.0.0.1:9/v1", model="m")
-    return JudgeConfig(endpoint=endpoint, rubric="fairness", **{"backoff_s": 0.001, **settings})
+    return JudgeConfig(**{"endpoints": (make_endpoint(),), "rubric": "fairness", "backoff_s": 0.001, **settings})
 
 
 def make_requests(*completions: str) -> list[JudgeRequest]:
@@ -121,7 +124,7 @@ def test_no_more_calls_run_at_a_time_than_the_config_says_over_all_batches() -> 
 
 
 def test_a_failure_holds_no_number() -> None:
-    assert {field.name for field in dataclasses.fields(Failed)} == {"kind", "attempts", "fault", "detail"}
+    assert {field.name for field in dataclasses.fields(Failed)}.isdisjoint({"value", "score", "default"})
     failed = Failed(kind="deadline", attempts=0, fault="judge", detail="")
     with pytest.raises(TypeError):
         float(failed)  # pyright: ignore[reportArgumentType]
@@ -151,7 +154,7 @@ def test_a_judge_that_recovers_gives_its_score() -> None:
     ("exc", "kind", "fault"),
     [
         (JudgeRejected("HTTP 400", status=400), "rejected", "judge"),
-        (JudgeRejected("HTTP 413", status=413), "rejected", "completion"),
+        (JudgeRejected("HTTP 413", status=413), "too_long", "completion"),
         (JudgeRefused("no"), "refused", "completion"),
         (KeyError("choices"), "client_error", "judge"),
         (RuntimeError("boom"), "client_error", "judge"),
@@ -214,7 +217,8 @@ def test_a_score_outside_the_scale_is_invalid_and_never_clipped() -> None:
 
 
 def test_sampling_settings_reach_the_client_as_they_are() -> None:
-    _, client = judge(lambda request: verdict_for(request, 1.0), max_tokens=7, temperature=0.5, seed=3)
+    endpoint = make_endpoint(temperature=0.5, seed=3)
+    _, client = judge(lambda request: verdict_for(request, 1.0), max_tokens=7, endpoints=(endpoint,))
     (request,) = client.requests
     assert (request.max_tokens, request.temperature, request.seed) == (7, 0.5, 3)
     _, client = judge(lambda request: verdict_for(request, 1.0))

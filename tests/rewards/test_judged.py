@@ -37,7 +37,7 @@ def make_params(url: str = "http://127.0.0.1:9/v1", **extra: Any) -> dict[str, A
 
 
 def make_config() -> JudgeConfig:
-    return JudgeConfig(endpoint=EndpointConfig(url="http://127.0.0.1:9/v1", model="m"), rubric="fairness")
+    return JudgeConfig(endpoints=(EndpointConfig(url="http://127.0.0.1:9/v1", model="m"),), rubric="fairness")
 
 
 def build(params: dict[str, Any], *, base_dir: Path, audit_path: Path | None = None) -> Judged:
@@ -119,7 +119,7 @@ def test_a_url_variable_that_is_not_set_is_the_users_to_set(tmp_path: Path, monk
         ({"retries": 2}, "retries: Extra inputs"),
         ({"attempts": 0}, "attempts: "),
         ({"rubric": "kindness"}, "fairness, grounding"),
-        ({"endpoint": {"url": "http://judge.example/v1", "model": "m"}}, "endpoint.url: .*expected https"),
+        ({"endpoint": {"url": "http://judge.example/v1", "model": "m"}}, r"endpoints\.0\.url: .*expected https"),
     ],
 )
 def test_wrong_params_are_named(extra: dict[str, Any], problem: str, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_wrong_params_are_named(extra: dict[str, Any], problem: str, tmp_path: P
 
 def test_a_literal_key_in_a_recipe_is_refused_and_not_shown(tmp_path: Path) -> None:
     params = make_params(endpoint={"url": "https://judge.example/v1", "model": "m", "api_key": SECRET})
-    with pytest.raises(RewardConfigError, match=r"endpoint\.api_key: .*env:NAME") as caught:
+    with pytest.raises(RewardConfigError, match=r"endpoints\.0\.api_key: .*env:NAME") as caught:
         build(params, base_dir=tmp_path)
     cause: BaseException | None = caught.value
     while cause is not None:
