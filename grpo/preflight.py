@@ -6,6 +6,7 @@ Cheap checks first: names, bounds, files and endpoints before the weights are re
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -25,12 +26,14 @@ from grpo.config import (
 from grpo.errors import ConfigError
 from grpo.objectives import build_objectives, check_objectives_of_prompts
 from grpo.prompts import EncodedPrompt, PromptSource, encode_prompt, open_prompts
+from grpo.rollout.banned_texts import banned_sequences
 from grpo.rollout.base import RolloutEngine, SamplingParams
+from grpo.rollout.processors import check_custom_processors, load_processor
 from grpo.rollout.transformers_engine import TransformersEngine
 from grpo.runtime.devices import choose_attention, choose_device, choose_dtype
 from grpo.runtime.distributed import Ranks, launched_for_cpu
 from grpo.runtime.models import check_model, end_token_ids, has_flash_attention, load_model, load_tokenizer
-from grpo.runtime.policy import Policy
+from grpo.runtime.policy import Policy, language_model_head
 from grpo.runtime.seeding import derived_seed
 from grpo.scoring import Scorer
 from grpo.types import Prompt
@@ -44,6 +47,8 @@ from rewards.registry import make_local_module_importable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from grpo.config import RolloutConfig
 
 Purpose: TypeAlias = Literal["train", "evaluate"]
 """What a run is opened for. Rewards that it will not ask are neither built nor checked: a judged run can be evaluated
@@ -96,6 +101,7 @@ def open_run(
     check_objectives_of_prompts(prompts.objective_sets(), config.objectives, source=_prompts_name(config))
     _check_held_out(config, prompts, purpose)
     _check_update(config, purpose)
+    _check_processors(config.rollout, config.base_dir)
     ranks = ranks or Ranks(use_cpu=config.device == "cpu")
     if purpose == "train" and config.warmup is not None:
         micro_batch_rows(config.warmup, num_ranks=ranks.count)
@@ -167,6 +173,27 @@ def _check_custom_loss(loss: CustomLossConfig, base_dir: Path) -> None:
         ) from exc
 
 
+def _check_processors(rollout: RolloutConfig, base_dir: Path) -> None:
+    """Load them; from here on their modules can be imported. Raises ConfigError for one that cannot be loaded."""
+    for path, parameters in _custom_processors(rollout):
+        make_local_module_importable(path.partition(":")[0], base_dir)
+        load_processor(path, parameters)
+
+
+def _custom_processors(rollout: RolloutConfig) -> tuple[tuple[str, str], ...]:
+    """(path, parameters as JSON) of each."""
+    found: list[tuple[str, str]] = []
+    for place, processor in enumerate(rollout.processors):
+        try:
+            found.append((processor.path, json.dumps(processor.params, sort_keys=True, allow_nan=False)))
+        except (TypeError, ValueError) as exc:
+            raise ConfigError(
+                f"rollout.processors[{place}].params of {processor.path} cannot be written as JSON: {exc}. Use texts, "
+                "finite numbers, lists and tables of them."
+            ) from exc
+    return tuple(found)
+
+
 def _prompts_name(config: RunConfig) -> str:
     prompts = config.prompts
     if prompts.type == "tasks":
@@ -224,7 +251,9 @@ def _with_model(
         config.attention, device, dtype, model_has_flash=has_flash_attention(config.model, base_dir=config.base_dir)
     )
     model = load_model(config.model, dtype=dtype, base_dir=config.base_dir, attention=attention).to(device)  # pyright: ignore[reportArgumentType]
-    params = sampling_params(config, end_token_ids(tokenizer, model.generation_config, config.rollout.end_tokens))
+    ends = end_token_ids(tokenizer, model.generation_config, config.rollout.end_tokens)
+    params = sampling_params(config, ends, tokenizer)
+    check_custom_processors(params, vocab_size=language_model_head(model).weight.shape[0])
     context_tokens = context_length(model.config)
     max_prompt_tokens = None if context_tokens is None else context_tokens - config.rollout.max_new_tokens
     to_check = prompts.to_check() if purpose == "train" else []
@@ -266,8 +295,12 @@ def context_length(config: PreTrainedConfig) -> int | None:
     return int(tokens) if tokens is not None and tokens > 0 else None
 
 
-def sampling_params(config: RunConfig, ends: tuple[int, ...]) -> SamplingParams:
-    """The sampling law that the recipe's `rollout` describes."""
+def sampling_params(config: RunConfig, ends: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
+    """The sampling law that the recipe's `rollout` describes.
+
+    Raises:
+        ConfigError: a banned text is empty, or would rule out an end token; parameters of a processor are no JSON.
+    """
     rollout = config.rollout
     return replace(
         SamplingParams(end_token_ids=ends),
@@ -282,5 +315,7 @@ def sampling_params(config: RunConfig, ends: tuple[int, ...]) -> SamplingParams:
         penalties_over=rollout.penalties_over,
         repetition_penalty=rollout.repetition_penalty,
         repetition_over=rollout.repetition_over,
+        banned=banned_sequences(rollout.banned, tokenizer, end_token_ids=ends),
         no_repeat_ngram=rollout.no_repeat_ngram,
+        custom=_custom_processors(rollout),
     )

@@ -100,8 +100,8 @@ class RolloutConfig(StrictModel):
     repetition_over: PenaltyScope = "both"
     """Where the tokens of repetition_penalty are looked for; both is what vLLM and transformers do."""
     banned: tuple[str, ...] = ()
-    """Texts that no completion may hold: the last token of each of their tokenisations, as they stand and after a
-    space, is ruled out where the others came before it."""
+    """Texts that no completion shall hold, as the tokenizer writes them: as they stand, after a space and at the start
+    of a line. The last token is ruled out where the others came before it; another split of the text gets through."""
     no_repeat_ngram: int = Field(default=0, ge=0)
     """No sequence of so many tokens twice in a completion; 0 allows all."""
     processors: tuple[CustomProcessorConfig, ...] = ()
