@@ -42,7 +42,8 @@ class ClippedLossConfig(StrictModel):
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     clip_high: float = Field(default=0.2, gt=0)
     delta: float | None = Field(default=None, gt=1)
-    """Bound on the ratio of tokens with a negative advantage (dual clip); above 1 + clip_high."""
+    """Bound on the ratio of tokens with a negative advantage (dual clip); above 1 + clip_high. With it, the
+    share of tokens that it silences is logged as clip/delta_frac."""
 
     @model_validator(mode="after")
     def _delta_is_outside(self) -> ClippedLossConfig:

@@ -259,6 +259,9 @@ class WindowLoss:
             ).tolist()
             statistics.means.add(names.CLIP_LOW_FRAC, clipped[0], num_tokens)
             statistics.means.add(names.CLIP_HIGH_FRAC, clipped[1], num_tokens)
+            if loss.delta is not None:
+                bounded = (ratio > loss.delta) & (_per_token(fixed.advantages) < 0) & mask
+                statistics.means.add(names.CLIP_DELTA_FRAC, float(bounded.sum()), num_tokens)
         elif isinstance(loss, CispoLossConfig):  # truncated, not silenced: on either side of the advantage
             ratio = policy_ratio(forward.logprobs, fixed.old_logprobs, mask)
             statistics.means.add(names.CLIP_HIGH_FRAC, float(((ratio > loss.max_ratio) & mask).sum()), num_tokens)

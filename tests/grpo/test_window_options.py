@@ -473,6 +473,22 @@ def test_the_share_of_tokens_whose_ratio_cispo_truncates_is_logged(tiny_model_di
     assert 0 < share < 0.5  # of two windows, and in the first every ratio is 1
 
 
+def test_the_share_of_bad_tokens_whose_ratio_delta_bounds_is_logged(tiny_model_dir: Path) -> None:
+    def means_of(loss: dict[str, Any]) -> Mapping[str, float]:
+        updater = make_updater(moved_policy(tiny_model_dir), update=update_of(loss, iterations=2), learning_rate=0.05)
+        return updater.step(make_batch(GROUPS)).means
+
+    given_to_the_custom_loss.clear()
+    means_of({"type": "custom", "path": f"{__name__}:recording_loss"})  # at ratio 1 its gradient is dapo's
+    first, second = given_to_the_custom_loss
+    ratio = (second.logprobs - second.old_logprobs).exp()  # [B, T]
+    is_bounded = (ratio > 1.25) & (second.advantages[:, None] < 0) & second.mask
+    assert 0 < is_bounded.sum() < ((ratio > 1.25) & second.mask).sum()
+    share = means_of({"type": "dapo", "delta": 1.25})["clip/delta_frac"]
+    assert share == pytest.approx(float(is_bounded.sum() / (first.mask.sum() + second.mask.sum())))
+    assert "clip/delta_frac" not in means_of({"type": "dapo"})
+
+
 def test_a_detached_custom_loss_is_refused(tiny_model_dir: Path) -> None:
     update = update_of({"type": "custom", "path": f"{__name__}:detached_loss"})
     with pytest.raises(ConfigError, match=r"detached_loss: .* no grad_fn"):
