@@ -1,6 +1,7 @@
 """Two objectives that conflict: which compromises do the ways of combining their gradients reach?
 
-    python benchmarks/objective_fronts.py --json objective_fronts.json --figure benchmarks/results/objective_fronts.png
+    python benchmarks/objective_fronts.py --seeds 3 --json benchmarks/results/objective_fronts.json \\
+        --figure benchmarks/results/objective_fronts.png
 
 A tiny random Llama answers with 8 of 12 tokens. Objective "a" scores 1 - (1 - share of token A)^2, objective "b" the
 same of token B, in the same completion: every place given to one is lost to the other, and the front is known, k places
@@ -30,8 +31,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from models.tiny_llama import END, START, VOCABULARY, numbers_as_words, tiny_llama
 
 from grpo.batching import build_batch
 from grpo.config import FullTrainable, GradientsConfig, OptimConfig, UpdateConfig
@@ -48,7 +48,6 @@ METHODS: tuple[Method, ...] = ("sum", "pcgrad", "cagrad", "mgda")
 WEIGHTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 STEPS = 20
 
-END, START, VOCABULARY = 0, 1, 12
 TOKENS = {"a": 2, "b": 3}
 NUM_TOKENS = 8
 NUM_PROMPTS, GROUP_SIZE = 1, 32
@@ -115,7 +114,7 @@ def best_weighted(weight: float) -> float:
 def train(method: Method, weight: float, *, seed: int, steps: int) -> Run:
     """Train one policy."""
     start = time.perf_counter()
-    policy = Policy(_tiny_llama(seed), FullTrainable(type="full"), seed=seed)
+    policy = Policy(tiny_llama(seed), FullTrainable(type="full"), seed=seed)
     update = UpdateConfig(gradients=GradientsConfig(method=method, cosine_every=1))
     weights = {"a": weight, "b": 1 - weight}
     updater = Updater(
@@ -127,7 +126,7 @@ def train(method: Method, weight: float, *, seed: int, steps: int) -> Run:
         # falling to 0: at a constant rate the last point would be one of a wandering path. No proof of convergence
         optim=OptimConfig(learning_rate=LEARNING_RATE, schedule="linear"),
     )
-    engine = TransformersEngine(policy, _numbers_as_words(), max_rows=NUM_PROMPTS * GROUP_SIZE)
+    engine = TransformersEngine(policy, numbers_as_words(), max_rows=NUM_PROMPTS * GROUP_SIZE)
     path: list[tuple[float, float]] = []
     cosines: list[float | None] = []
     for step in range(steps + 1):
@@ -147,28 +146,6 @@ def train(method: Method, weight: float, *, seed: int, steps: int) -> Run:
         cosines.append(stats.cosines.get(("a", "b")))
         engine.load_weights(policy)
     return Run(method=method, weight=weight, seed=seed, path=path, cosines=cosines, wall_s=time.perf_counter() - start)
-
-
-def _tiny_llama(seed: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        bos_token_id=START,
-        eos_token_id=END,
-        pad_token_id=END,
-    )
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(config)
-
-
-def _numbers_as_words() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token=str(END)))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=str(END))
 
 
 def _sampled(engine: TransformersEngine, *, seed: int) -> list[ScoredGroup]:
