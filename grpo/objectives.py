@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from grpo.config import BandBetaConfig, BetaConfig, FixedBetaConfig, ObjectiveConfig
 from grpo.errors import ConfigError
@@ -21,6 +22,8 @@ class WeightedReward:
     name: str
     weight: float
     reward: AnyReward
+    missing: Literal["void", "reweigh"] = "void"
+    """What a missing value of it does; see `rewards.config.RewardSpec.missing`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,27 @@ class Objective:
 
     name: str
     rewards: tuple[WeightedReward, ...]
+    combine: Literal["sum", "product"] = "sum"
+
+    def score(self, values: Mapping[str, float | None]) -> float | None:
+        """Its rewards' values, by name, in one number; None where it has no verdict. A reward of weight 0 says nothing.
+
+        A product of rewards has none where a value is below 0: its root would be no number.
+        """
+        counted = [(reward, values[reward.name]) for reward in self.rewards if reward.weight != 0]
+        there = [(reward.weight, value) for reward, value in counted if value is not None]
+        if any(value is None and reward.missing == "void" for reward, value in counted) or not there:
+            return None
+        whole, left = (
+            math.fsum(abs(weight) for weight in weights)
+            for weights in ([reward.weight for reward, _ in counted], [weight for weight, _ in there])
+        )
+        share = 1.0 if len(there) == len(counted) else whole / left
+        if self.combine == "sum":
+            return math.fsum(share * weight * value for weight, value in there)
+        if any(value < 0 for _, value in there):
+            return None
+        return math.prod(value ** (share * weight) for weight, value in there)
 
 
 def build_objectives(
@@ -45,7 +69,7 @@ def build_objectives(
     for name, config in configs.items():
         specs = (config.eval_rewards if for_evaluation else None) or config.rewards
         rewards = tuple(_build(spec, context, objective=name) for spec in specs)
-        objectives.append(Objective(name=name, rewards=rewards))
+        objectives.append(Objective(name=name, rewards=rewards, combine=config.combine))
     return tuple(objectives)
 
 
@@ -54,15 +78,7 @@ def _build(spec: RewardSpec, context: RewardContext, *, objective: str) -> Weigh
         reward = build_reward(spec, context)
     except RewardConfigError as exc:
         raise ConfigError(f"objectives.{objective}: {exc}") from exc
-    return WeightedReward(name=spec.name, weight=spec.weight, reward=reward)
-
-
-def weighted_sum(terms: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
-    """Sum of weight * value; None where a term that counts is missing: a missing verdict is never a number."""
-    counted = [(weights[name], value) for name, value in terms.items() if weights[name] != 0]
-    if any(value is None for _, value in counted):
-        return None
-    return math.fsum(weight * value for weight, value in counted if value is not None)
+    return WeightedReward(name=spec.name, weight=spec.weight, reward=reward, missing=spec.missing)
 
 
 def check_objectives_of_prompts(

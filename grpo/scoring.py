@@ -13,8 +13,8 @@ from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from grpo.errors import ConfigError, TooFewVerdicts
-from grpo.objectives import Objective, WeightedReward, weighted_sum
+from grpo.errors import ConfigError
+from grpo.objectives import Objective, WeightedReward
 from grpo.types import RolloutGroup, ScoredGroup, Verdict
 from rewards.base import check_reward_ready, close_reward, score_group
 from rewards.errors import RewardError
@@ -52,9 +52,9 @@ class Scorer:
         except RewardError as exc:
             raise ConfigError(f"a reward is not ready: {exc}") from exc
 
-    def submit(self, group: RolloutGroup) -> Future[ScoredGroup]:
-        """Begin to score one group."""
-        return self._run(self._score(group))
+    def submit(self, group: RolloutGroup, *, objectives: Sequence[str] | None = None) -> Future[ScoredGroup]:
+        """Begin to score one group. Args: objectives: these only; all of the prompt's where None."""
+        return self._run(self._score(group, group.prompt.objectives if objectives is None else objectives))
 
     def close(self) -> None:
         """Close the rewards and stop the thread. A second call does nothing."""
@@ -88,9 +88,9 @@ class Scorer:
     def _all_rewards(self) -> list[WeightedReward]:
         return [reward for objective in self._objectives.values() for reward in objective.rewards]
 
-    async def _score(self, group: RolloutGroup) -> ScoredGroup:
+    async def _score(self, group: RolloutGroup, objectives: Sequence[str]) -> ScoredGroup:
         inputs = reward_inputs(group)
-        asked = [self._objectives[name] for name in group.prompt.objectives]
+        asked = [self._objectives[name] for name in objectives]
         async with asyncio.TaskGroup() as tasks:
             running = {
                 (objective.name, reward.name): tasks.create_task(score_group(reward.reward, inputs))
@@ -156,22 +156,49 @@ def reward_inputs(group: RolloutGroup) -> list[RewardInput]:
 def _verdict(objective: Objective, scores: Mapping[tuple[str, str], Sequence[Score]], row: int) -> Verdict:
     own = {reward.name: scores[objective.name, reward.name][row] for reward in objective.rewards}
     parts = {name: score.value for name, score in own.items()}
-    weights = {reward.name: reward.weight for reward in objective.rewards}
     reasons = [f"{name}: {score.reason}" for name, score in own.items() if score.reason]
-    return Verdict(value=weighted_sum(parts, weights), parts=parts, reason="; ".join(reasons))
+    value = objective.score(parts)
+    if objective.combine == "product" and any(part is not None and part < 0 for part in parts.values()):
+        reasons.append("a product of rewards takes no value below 0")
+    return Verdict(value=value, parts=parts, reason="; ".join(reasons))
 
 
-def check_enough_verdicts(groups: Sequence[ScoredGroup], *, max_unscored_frac: float) -> None:
-    """Stop rather than train on leftovers.
+def missing_objectives(group: ScoredGroup) -> list[str]:
+    """Objectives of which some completion of the group has no verdict."""
+    return [
+        name
+        for name in group.rollout.prompt.objectives
+        if any(verdicts[name].value is None for verdicts in group.verdicts)
+    ]
 
-    Raises:
-        TooFewVerdicts: an objective's unscored share is above the limit; names the last cause.
+
+def with_newer(group: ScoredGroup, newer: ScoredGroup) -> ScoredGroup:
+    """The group with an objective's newer verdicts where more of them are there.
+
+    All of a group's or none: a judge that compares its completions speaks in one scale a call.
+    """
+
+    def num_valid(scored: ScoredGroup, name: str) -> int:
+        return sum(verdicts[name].value is not None for verdicts in scored.verdicts)
+
+    better = [name for name in newer.verdicts[0] if num_valid(newer, name) > num_valid(group, name)]
+    verdicts = tuple(
+        {**old, **{name: new[name] for name in better}} for old, new in zip(group.verdicts, newer.verdicts, strict=True)
+    )
+    return ScoredGroup(rollout=group.rollout, verdicts=verdicts)
+
+
+def shortage(groups: Sequence[ScoredGroup], min_valid: Mapping[str, float]) -> str:
+    """Which objective has too few verdicts to train on, and why; empty where none has.
+
+    Args: min_valid: objective -> share of its completions that must have one.
     """
     for name in sorted({name for group in groups for name in group.rollout.prompt.objectives}):
         verdicts = [row[name] for group in groups for row in group.verdicts if name in row]
         missing = [verdict for verdict in verdicts if verdict.value is None]
-        if len(missing) > max_unscored_frac * len(verdicts):
-            raise TooFewVerdicts(
-                f"objective {name}: {len(missing)} of {len(verdicts)} completions have no verdict, more than "
-                f"scoring.max_unscored_frac = {max_unscored_frac} allows. Last cause: {missing[-1].reason}"
+        if len(verdicts) - len(missing) < min_valid[name] * len(verdicts):
+            return (
+                f"objective {name}: {len(missing)} of {len(verdicts)} completions have no verdict, and "
+                f"min_valid_fraction = {min_valid[name]:g} asks for more. Last cause: {missing[-1].reason}"
             )
+    return ""

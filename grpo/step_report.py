@@ -39,12 +39,18 @@ def report_step(
     *,
     seconds: Mapping[str, float],
     peak_bytes: int,
+    short: str = "",
 ) -> StepReport:
-    """Collect a step's figures, over all ranks. `seconds`: stage -> time on this one."""
+    """Collect a step's figures, over all ranks.
+
+    Args:
+        seconds: stage -> time on this one.
+        short: why there was too little to take a step on; empty where one was taken.
+    """
     groups = collected.groups
     row: dict[str, float | int | None] = {names.STEP: step, **stats.means}
     row[names.GRAD_NORM] = stats.grad_norm
-    row[names.SKIPPED] = int(stats.skipped is not None)
+    row[names.SKIPPED] = int(stats.skipped is not None or bool(short))
     row["learning_rate"] = stats.learning_rate
     row[names.SAMPLER_RATIO_P99] = stats.sampler_ratio_p99
     row[names.SAMPLER_RATIO_MAX] = stats.sampler_ratio_max
@@ -73,7 +79,7 @@ def report_step(
             *_completion_rows(step, groups, advantages=batch.advantages.combined.tolist()),
             *_completion_rows(step, collected.discarded, advantages=None),
         ],
-        warnings=_warnings_of(row, stats),
+        warnings=[*_warnings_of(row, stats), *([f"step {step} took no update: {short}"] if short else [])],
         skipped=stats.skipped,
     )
 

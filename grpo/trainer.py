@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from grpo.batching import build_batch
 from grpo.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from grpo.collection import collect
 from grpo.config import RunConfig, WarmupConfig
-from grpo.errors import CheckpointError, ConfigError, RunStopped, TooFewVerdicts
+from grpo.errors import CheckpointError, ConfigError, RunStopped
 from grpo.evaluate import Answer, compare, evaluate, examples, summarise
 from grpo.preflight import RunParts, open_run
 from grpo.rollout.canary import check_engine_follows
@@ -27,7 +28,7 @@ from grpo.runtime.devices import peak_memory_bytes
 from grpo.runtime.distributed import Ranks
 from grpo.runtime.interruptions import interruptions
 from grpo.runtime.seeding import derived_seed
-from grpo.scoring import check_enough_verdicts
+from grpo.step_gate import StepGate
 from grpo.step_report import StepReport, check_can_go_on, report_step
 from grpo.stopwatch import Stopwatch
 
@@ -79,6 +80,8 @@ class Trainer:
         self._directory = RunDirectory(config.output_dir)
         self._parts: RunParts | None = None
         self._stuck: set[str] = set()
+        self._gate = StepGate(config, self._ranks)
+        self._interrupted = threading.Event()
 
     @property
     def is_main(self) -> bool:
@@ -133,9 +136,8 @@ class Trainer:
                 resample_rounds=config.rollout.resample_rounds,
                 stopwatch=stopwatch,
             )
-            check_enough_verdicts(
-                [*collected.groups, *collected.discarded], max_unscored_frac=config.scoring.max_unscored_frac
-            )
+            if config.scoring.below == "wait":
+                collected = self._gate.ask_again(collected, parts.scorer, self._pause, stopwatch=stopwatch)
             batch = build_batch(
                 collected.groups,
                 {name: objective.weight for name, objective in config.objectives.items()},
@@ -147,22 +149,27 @@ class Trainer:
                 drops_flat_groups=config.update.flat_groups == "drop",
                 own=collected.own,
             )
-            if self._ranks.sum(batch.num_tokens) == 0:
-                raise TooFewVerdicts(
-                    f"step {step}: nothing is left to train on: every completion is without a verdict, empty, or cut "
-                    "and masked. Where they are cut, raise rollout.max_new_tokens or set update.truncated.type=keep"
-                )
-            with stopwatch("update"):
-                stats = parts.updater.step(
-                    batch, step=step - 1, steps=config.steps, seed=derived_seed(config.seed, "combination", step)
-                )
-            with stopwatch("sync"):
-                parts.engine.load_weights(parts.policy)
+            short = self._gate.check(step, collected, batch)
+            if short:
+                stats = parts.updater.stand_still(step=step - 1, steps=config.steps)
+            else:
+                with stopwatch("update"):
+                    stats = parts.updater.step(
+                        batch, step=step - 1, steps=config.steps, seed=derived_seed(config.seed, "combination", step)
+                    )
+                with stopwatch("sync"):
+                    parts.engine.load_weights(parts.policy)
         stopwatch.add("judge", collected.judge_seconds)
         if stats.skipped is not None:
             dump_batch(self._directory.path, step, batch, stats.skipped, rank=self._ranks.index)
         peak = max(self._ranks.gather([peak_memory_bytes(parts.policy.device)]))
-        return report_step(step, collected, batch, stats, seconds=stopwatch.elapsed, peak_bytes=peak)
+        return report_step(step, collected, batch, stats, seconds=stopwatch.elapsed, peak_bytes=peak, short=short)
+
+    def _pause(self) -> bool:
+        """Before missing verdicts are asked for again. False: the person wants to stop."""
+        seconds = self.config.scoring.wait_s
+        self._note(f"too few verdicts; asking again for those that are missing in {seconds:g} s")
+        return not self._interrupted.wait(seconds)
 
     def _checkpoint_to_resume(self, so_far: RunConfig) -> Checkpoint | None:
         """The newest whole one; None where the run was ended before its first."""
@@ -201,6 +208,7 @@ class Trainer:
         if self._observer:
             self._observer.start(title_rows(config, self.parts))
         with interruptions() as interrupted:
+            self._interrupted = interrupted
             before = self._before(done, checkpoint)
             if checkpoint is None and config.warmup is not None:
                 self._warm_up(config.warmup, lambda: self._ranks.any(interrupted.is_set()))

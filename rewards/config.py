@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,6 +19,10 @@ class RewardSpec(StrictModel):
     name: str = Field(min_length=1)
     """A built-in's name, an entry point of group `grpo.rewards`, or `package.module:name`."""
     weight: float = Field(1.0, allow_inf_nan=False)
-    """Factor in the objective's weighted sum. 0 logs the reward without training on it; a penalty may be negative."""
+    """Factor in the objective's weighted sum, exponent in its product. 0 logs the reward without training on it; a
+    penalty may be negative."""
+    missing: Literal["void", "reweigh"] = "void"
+    """What a missing verdict of this reward does. void: the objective has none either. reweigh: the other rewards
+    carry its weight, in proportion to theirs."""
     params: dict[str, Any] = Field(default_factory=dict)
     """The reward's own parameters, checked when it is built."""

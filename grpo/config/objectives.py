@@ -94,7 +94,12 @@ class ObjectiveConfig(StrictModel):
 
     weight: float = Field(default=1.0, ge=0)
     rewards: tuple[RewardSpec, ...] = Field(min_length=1)
-    """The objective's score is their weighted sum; where one is missing, the score is missing."""
+    """What the objective's score is made of; where one is missing, so is the score, unless its `missing` says
+    otherwise."""
+    combine: Literal["sum", "product"] = "sum"
+    """sum: weight * value; product: value ** weight, for values >= 0: one 0 makes the score 0."""
+    min_valid_fraction: float | None = Field(default=None, ge=0, le=1)
+    """Share of its completions that must have a verdict in a step; scoring.min_valid_fraction where None."""
     eval_rewards: tuple[RewardSpec, ...] | None = None
     """What evaluation measures; the same rewards where None. Leave shaping terms and judges out here."""
     beta: BetaConfig
@@ -107,4 +112,6 @@ class ObjectiveConfig(StrictModel):
                 raise ValueError(f"a reward is named twice in {names}; name each once and change its weight")
             if all(spec.weight == 0 for spec in specs):
                 raise ValueError(f"all rewards {names} have weight 0, so every score would be 0; set one above 0")
+            if self.combine == "product" and any(spec.weight < 0 for spec in specs):
+                raise ValueError(f"a product of {names} has a weight below 0, which would divide by a reward that is 0")
         return self

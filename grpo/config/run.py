@@ -15,10 +15,18 @@ from grpo.config.update import OptimConfig, UpdateConfig
 
 
 class ScoringConfig(StrictModel):
-    """When missing verdicts are too many to train on."""
+    """When missing verdicts are too many to train on, and what happens then. Leftovers are never trained on."""
 
-    max_unscored_frac: float = Field(default=0.5, ge=0, le=1)
-    """The run stops where more of an objective's completions than this have no verdict in a step."""
+    min_valid_fraction: float = Field(default=0.5, ge=0, le=1)
+    """Share of an objective's completions that must have a verdict in a step; an objective's own goes before it."""
+    below: Literal["stop", "wait", "skip"] = "stop"
+    """stop: at once, with a checkpoint. wait: ask again for what is missing, wait_rounds times, then stop. skip: leave
+    the step without an update, and stop after max_skipped in a row."""
+    wait_s: float = Field(default=60.0, ge=0)
+    """Before each round of asking again: as long as a judge's circuit breaker may take to close."""
+    wait_rounds: int = Field(default=10, ge=1)
+    max_skipped: int = Field(default=3, ge=1)
+    """Steps in a row that may go without an update; counted anew in a resumed run."""
 
 
 class WarmupConfig(StrictModel):

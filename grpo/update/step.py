@@ -165,6 +165,21 @@ class Updater:
             skipped=skipped,
         )
 
+    def stand_still(self, *, step: int, steps: int) -> UpdateStats:
+        """The figures of a step that takes no window: nothing changes, no controller observes anything."""
+        return UpdateStats(
+            means={},
+            grad_norm=None,
+            learning_rate=learning_rate_at(self._optim, step=step, steps=steps),
+            sampler_ratio_p99=None,
+            sampler_ratio_max=None,
+            kl_max={},
+            betas={name: controller.value for name, controller in self.controllers.items()},
+            entropy_coefficient=self.entropy_bonus.value if self.entropy_bonus else None,
+            num_tokens=0,
+            num_forced=0,
+        )
+
     def _takes_objectives_apart(self, step: int, objectives: Sequence[str]) -> bool:
         """Whether this step takes a backward pass for each objective: the method needs it, or its cosines are due."""
         gradients = self._update.gradients

@@ -34,7 +34,7 @@ ROWS = [
     {"id": f"p{n}", "prompt": text, "objectives": [["short", "vowels"], ["short"], ["vowels"]][n % 3]}
     for n, text in enumerate(TOPICS)
 ]
-STRICT = {"max_unscored_frac": 0.0}
+STRICT = {"min_valid_fraction": 1.0}
 WARMUP = {"path": "warmup.jsonl", "steps": 2, "batch_size": 4, "micro_batch_size": 1, "learning_rate": 1e-3}
 REWARD = '''
 """The share of vowels; fails on one prompt where it is told to, may take its time, and may write down its rank."""

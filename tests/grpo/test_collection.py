@@ -149,7 +149,7 @@ def test_missing_verdicts_count_and_stop_the_run_though_their_group_was_replaced
     failing = asked[0]
     objectives = {name: make_objective(missing=[failing]) for name in ("short", "long")}
     (own,) = next(row["objectives"] for row in ROWS if row["id"] == failing)
-    lenient = runs.run("lenient", steps=1, objectives=objectives, rollout=ROLLOUT, scoring={"max_unscored_frac": 1})
+    lenient = runs.run("lenient", steps=1, objectives=objectives, rollout=ROLLOUT, scoring={"min_valid_fraction": 0})
     trained, discarded = prompts_of(lenient, 1)
     assert failing in discarded
     assert failing not in trained
@@ -157,7 +157,7 @@ def test_missing_verdicts_count_and_stop_the_run_though_their_group_was_replaced
     asked_in_all = sum(own in line["verdicts"] for line in completions_of(lenient))
     assert row[f"reward/{own}/unscored_frac"] == 4 / asked_in_all
     with pytest.raises(TooFewVerdicts, match=f"objective {own}: 4 of {asked_in_all} completions have no verdict"):
-        runs.run("strict", steps=1, objectives=objectives, rollout=ROLLOUT, scoring={"max_unscored_frac": 0})
+        runs.run("strict", steps=1, objectives=objectives, rollout=ROLLOUT, scoring={"min_valid_fraction": 1})
 
 
 def test_where_every_group_is_flat_the_search_ends_and_the_steps_own_prompts_stay(runs: Runs) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +21,13 @@ from grpo.config import (
     ProportionalBetaConfig,
 )
 from grpo.errors import ConfigError
-from grpo.objectives import build_objectives, check_objectives_of_prompts, held_kl, weighted_sum
+from grpo.objectives import (
+    Objective,
+    WeightedReward,
+    build_objectives,
+    check_objectives_of_prompts,
+    held_kl,
+)
 from rewards.base import RewardContext
 from rewards.config import RewardSpec
 
@@ -53,20 +61,46 @@ def proportional(target: float, observe: ObservedKl = "k3") -> ObjectiveConfig:
 # Scores
 
 
-def test_a_score_is_the_weighted_sum_of_its_parts() -> None:
-    assert weighted_sum({"x": 2.0, "y": 0.5}, {"x": 1.0, "y": -3.0}) == 0.5  # 2 - 1.5
+def objective_of(combine: Literal["sum", "product"] = "sum", **rewards: tuple[float, str]) -> Objective:
+    """Name -> (weight, what a missing value does)."""
+    return Objective(
+        name="o",
+        combine=combine,
+        rewards=tuple(
+            WeightedReward(name=name, weight=weight, reward=list, missing=missing)  # pyright: ignore[reportArgumentType]
+            for name, (weight, missing) in rewards.items()
+        ),
+    )
 
 
-def test_one_missing_part_makes_the_score_missing_and_not_smaller() -> None:
-    assert weighted_sum({"x": 2.0, "y": None}, {"x": 1.0, "y": 0.01}) is None
+def test_a_missing_term_voids_a_weighted_sum_unless_its_weight_is_zero() -> None:
+    both = objective_of(a=(0.5, "void"), b=(-1.0, "void"))
+    assert both.score({"a": 1.0, "b": 3.0}) == -2.5  # 0.5*1 - 1*3
+    assert both.score({"a": 1.0, "b": None}) is None
+    assert objective_of(a=(0.5, "void"), b=(0.0, "void")).score({"a": 1.0, "b": None}) == 0.5
 
 
-def test_a_missing_part_of_weight_zero_is_only_logged() -> None:
-    assert weighted_sum({"x": 2.0, "y": None}, {"x": 1.5, "y": 0.0}) == 3.0
+def test_the_others_carry_a_missing_rewards_weight_where_the_recipe_says_so() -> None:
+    three = objective_of(a=(1.0, "reweigh"), b=(2.0, "reweigh"), c=(1.0, "void"))
+    assert three.score({"a": None, "b": 0.5, "c": 1.0}) == pytest.approx((2 * 0.5 + 1 * 1.0) * 4 / 3)
+    assert three.score({"a": 0.5, "b": 0.5, "c": None}) is None
+    assert objective_of(a=(1.0, "reweigh")).score({"a": None}) is None  # nobody is left to carry it
 
 
-def test_a_score_of_zero_is_not_missing() -> None:
-    assert weighted_sum({"x": 0.0}, {"x": 1.0}) == 0.0
+def test_a_product_is_of_powers_and_one_zero_makes_it_zero() -> None:
+    product = objective_of("product", a=(1.0, "void"), b=(2.0, "void"))
+    assert product.score({"a": 0.5, "b": 0.5}) == pytest.approx(0.125)  # 0.5 * 0.5^2
+    assert product.score({"a": 0.0, "b": 1.0}) == 0.0
+    assert product.score({"a": None, "b": 1.0}) is None
+    assert product.score({"a": -1.0, "b": 1.0}) is None
+    lenient = objective_of("product", a=(1.0, "reweigh"), b=(2.0, "void"))
+    assert lenient.score({"a": None, "b": 0.5}) == pytest.approx(0.125)  # b alone, with the exponent 3
+
+
+def weighted_sum(parts: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
+    return objective_of(**{f"r{name}": (weight, "void") for name, weight in weights.items()}).score(
+        {f"r{name}": value for name, value in parts.items()}
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -86,7 +120,7 @@ def test_the_order_of_the_parts_changes_no_bit_of_the_score(
     score = weighted_sum({name: value for name, (value, _) in parts.items()}, weights)
     assert weighted_sum({name: parts[name][0] for name in order}, weights) == score
     counted = [(value, weight) for value, weight in parts.values() if weight != 0]
-    assert (score is None) == any(value is None for value, _ in counted)
+    assert (score is None) == (not counted or any(value is None for value, _ in counted))
     if score is not None:
         assert score == pytest.approx(sum(weight * (value or 0.0) for value, weight in counted), abs=1e-6)
 
