@@ -19,8 +19,9 @@ from judges.errors import (
     JudgeTimeout,
     JudgeUnavailable,
 )
-from judges.prompts import RenderedPrompt, Rubric, load_rubric, parse_verdict, render_prompt
+from judges.prompts import RenderedPrompt, Rubric, load_rubric, render_prompt
 from judges.types import ChatReply, ChatRequest, Failed, FailureKind, Judgement, JudgeRequest, Message, Scored, Usage
+from judges.verdicts import parse_verdict
 
 MAX_BACKOFF_S = 20.0
 INVALID_VERDICTS_ALLOWED = 1

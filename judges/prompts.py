@@ -1,32 +1,42 @@
-"""JudgeRequest -> prompt text, and reply text -> score. Knows templates and verdicts; knows no HTTP and no retries.
+"""JudgeRequests -> prompt text. Knows templates; knows no HTTP, no verdicts and no retries.
 
 The text to be judged is hostile until proven otherwise: it was written by a model that is paid for a high score.
 So it is rendered in one pass (nothing inside it is a placeholder), as a JSON string on one line, between marks that
-carry a code drawn for this call; and only a verdict that repeats the code counts.
+carry a code drawn for this call, with the instructions repeated behind it; and only a verdict that repeats the code
+counts (`judges.verdicts`).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import math
 import re
 import secrets
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from judges.errors import InvalidVerdict, JudgeConfigError
+from judges.errors import JudgeConfigError
 from judges.types import JudgeRequest
+from judges.verdicts import Mode
 
 TEMPLATES = Path(__file__).parent / "templates"
 PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
-PLACEHOLDERS = frozenset({"criterion", "question", "reference", "completion", "nonce", "low", "high"})
-REQUIRED = frozenset({"completion", "nonce"})
-FENCE = re.compile(r"^<<<(question|reference|completion) ([0-9a-f]{16})\n(.*)\n\1 \2>>>$", re.MULTILINE)
+PLACEHOLDERS = frozenset(
+    {"criterion", "question", "reference", "answers", "completion", "verdict", "nonce", "low", "high"}
+)
+FENCE = re.compile(
+    r"^<<<(question|reference|completion(?: [0-9a-f]{4})?) ([0-9a-f]{16})\n(.*)\n\1 \2>>>$", re.MULTILINE
+)
 CHAT_MARK = re.compile(r"\[(?=/?[A-Z_]{2,}\])")
-VERDICT_TAIL_CHARS = 16_384
+INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
+"""Unicode categories: controls, formats (zero-width, bidirectional), lone surrogates, private use, line separators."""
+BLANK = frozenset(
+    [0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0, *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)]
+)
+"""Letters and marks that show nothing, variation selectors among them: they can carry a text that nobody sees."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +46,12 @@ class Rubric:
     name: str
     """The built-in's name, or the file's without its suffix."""
     template: str
-    """Text with placeholders; has at least {completion} and {nonce}."""
+    """Text with placeholders; shows {answers} (or one {completion}), and has {verdict} (or spells one with {nonce})."""
+
+    @property
+    def can_compare(self) -> bool:
+        """Whether it can show several answers: groupwise and pairwise judging need that."""
+        return {"answers", "verdict"} <= set(PLACEHOLDER.findall(self.template))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +63,9 @@ class RenderedPrompt:
     nonce: str
     """16 hex digits, drawn for this call; the verdict must repeat them."""
     sha256: str
-    """Of the text without the nonce: equal questions have equal hashes."""
+    """Of the text without the nonce and the ids: equal questions have equal hashes."""
+    ids: tuple[str, ...] = ()
+    """[K] names of the answers, in the order of the requests, drawn for this call; none for a single answer."""
 
 
 def is_rubric_path(rubric: str) -> bool:
@@ -76,10 +93,10 @@ def load_rubric(rubric: str) -> Rubric:
         raise JudgeConfigError(
             f"rubric {path} has unknown placeholders {sorted(unknown)}; expected only {sorted(PLACEHOLDERS)}."
         )
-    if missing := REQUIRED - found:
+    if not found & {"answers", "completion"} or not found & {"verdict", "nonce"}:
         raise JudgeConfigError(
-            f"rubric {path} lacks {sorted(missing)}: it must show the completion, and ask for a JSON object "
-            'like {"nonce": "{nonce}", "score": <number>}.'
+            f"rubric {path} lacks a placeholder: it must show the text to be judged, by {{answers}} or {{completion}}, "
+            "and ask for a verdict, by {verdict} or in its own words with {nonce}."
         )
     return Rubric(name=path.stem, template=template)
 
@@ -87,7 +104,7 @@ def load_rubric(rubric: str) -> Rubric:
 def render_prompt(
     rubric: Rubric, request: JudgeRequest, *, low: float, high: float, max_input_chars: int = 8000
 ) -> RenderedPrompt:
-    """Fill the template in one pass, with a fresh nonce.
+    """Fill the template in one pass, about one text, with a fresh nonce.
 
     Args:
         rubric: the template.
@@ -96,26 +113,98 @@ def render_prompt(
         high: the scale's best score.
         max_input_chars: characters that each text may have before its middle is cut out.
     """
+    return _render(rubric, [request], mode="pointwise", low=low, high=high, max_input_chars=max_input_chars)
+
+
+def render_comparison(
+    rubric: Rubric,
+    requests: Sequence[JudgeRequest],
+    *,
+    mode: Mode,
+    low: float,
+    high: float,
+    max_input_chars: int = 8000,
+) -> RenderedPrompt:
+    """The same about several texts that answer one question, in the order given, each under an id of its own.
+
+    Args:
+        rubric: a template with {answers} and {verdict}.
+        requests: [K] texts that share question, reference and criterion; two of them for "pairwise".
+        mode: "groupwise" asks for K scores, "pairwise" for the better one.
+        low, high, max_input_chars: as for `render_prompt`.
+    Raises:
+        JudgeConfigError: the rubric can show one answer only.
+        ValueError: the texts answer different questions, or are too few or too many for the mode.
+    """
+    if not rubric.can_compare:
+        raise JudgeConfigError(
+            f"rubric {rubric.name} shows one answer a call. To judge {mode}, let it show {{answers}} and end with "
+            "{verdict}."
+        )
+    if len({(one.question, one.reference, one.criterion) for one in requests}) != 1:
+        raise ValueError("the texts to be compared must answer one question by one criterion")
+    if mode == "pointwise" or (mode == "pairwise" and len(requests) != 2):
+        raise ValueError(f"{len(requests)} texts cannot be judged {mode} in one call")
+    return _render(rubric, requests, mode=mode, low=low, high=high, max_input_chars=max_input_chars)
+
+
+def _render(
+    rubric: Rubric, requests: Sequence[JudgeRequest], *, mode: Mode, low: float, high: float, max_input_chars: int
+) -> RenderedPrompt:
+    first = requests[0]
+    reference = first.reference if first.reference is not None else "(none given)"
+    question, reference, *answers = [
+        _escape(_shorten(text, max_input_chars))
+        for text in (first.question, reference, *(one.completion for one in requests))
+    ]
+
+    def fill(nonce: str, ids: Sequence[str]) -> str:
+        def fence(name: str, text: str) -> str:
+            return f"<<<{name} {nonce}\n{text}\n{name} {nonce}>>>"
+
+        names = ["completion"] if mode == "pointwise" else [f"completion {one}" for one in ids]
+        scale = {"nonce": nonce, "low": f"{low:g}", "high": f"{high:g}"}
+        fenced = "\n\n".join(fence(name, text) for name, text in zip(names, answers, strict=True))
+        values = {
+            **scale,
+            "criterion": " ".join(first.criterion.split()),
+            "question": fence("question", question),
+            "reference": fence("reference", reference),
+            "answers": fenced,
+            "completion": fenced,
+            "verdict": _substitute(_frame(mode), {**scale, "ids": ", ".join(ids)}),
+        }
+        return _substitute(rubric.template, values)
+
     nonce = secrets.token_hex(8)
+    ids = () if mode == "pointwise" else _draw_ids(len(requests))
+    unnamed = fill("", [str(index) for index in range(len(ids))])
+    return RenderedPrompt(
+        text=fill(nonce, ids), nonce=nonce, sha256=hashlib.sha256(unnamed.encode()).hexdigest(), ids=ids
+    )
 
-    def fence(name: str, text: str) -> str:
-        return f"<<<{name} {nonce}\n{_escape(_shorten(text, max_input_chars))}\n{name} {nonce}>>>"
 
-    values = {
-        "criterion": " ".join(request.criterion.split()),
-        "question": fence("question", request.question),
-        "reference": fence("reference", request.reference if request.reference is not None else "(none given)"),
-        "completion": fence("completion", request.completion),
-        "nonce": nonce,
-        "low": f"{low:g}",
-        "high": f"{high:g}",
-    }
-    text = PLACEHOLDER.sub(lambda match: values[match[1]], rubric.template)
-    return RenderedPrompt(text=text, nonce=nonce, sha256=hashlib.sha256(text.replace(nonce, "").encode()).hexdigest())
+def _substitute(template: str, values: dict[str, str]) -> str:
+    return PLACEHOLDER.sub(lambda match: values[match[1]], template)
+
+
+@functools.cache
+def _frame(mode: Mode) -> str:
+    return (TEMPLATES / "frames" / f"{mode}.txt").read_text(encoding="utf-8").rstrip("\n")
+
+
+def _draw_ids(count: int) -> tuple[str, ...]:
+    """Distinct ids of four hex digits: they say nothing about the order, and a text cannot guess its own."""
+    ids: dict[str, None] = {}
+    while len(ids) < count:
+        ids[secrets.token_hex(2)] = None
+    return tuple(ids)
 
 
 def read_fences(text: str) -> tuple[str, dict[str, str]]:
     """The nonce and the fenced texts of a rendered prompt, by name: what a judge sees.
+
+    The names are "question", "reference" and "completion"; answers to be compared are "completion <id>".
 
     Raises:
         ValueError: there is no fence, or two nonces.
@@ -125,75 +214,6 @@ def read_fences(text: str) -> tuple[str, dict[str, str]]:
     if len(nonces) != 1:
         raise ValueError(f"expected fences with one nonce, found {len(nonces)}")
     return nonces.pop(), {name: json.loads(content) for name, _, content in fences}
-
-
-def parse_verdict(text: str, *, nonce: str, low: float, high: float) -> float:
-    """The score in the last JSON object that carries the nonce.
-
-    Never falls back to an earlier object when the last is wrong: a judge that corrects itself must not be misread.
-
-    Args:
-        text: the judge's whole reply; only its last 16 KiB are read.
-        nonce: what the verdict must repeat.
-        low: the scale's worst score.
-        high: the scale's best score.
-    Returns:
-        Finite, low <= score <= high.
-    Raises:
-        InvalidVerdict: no such object, not strict JSON, or no number within the scale. Safe to log: says no secret.
-    """
-    verdict, rest = _last_object_with(nonce, text[-VERDICT_TAIL_CHARS:])
-    brace = rest.find("{")
-    if brace >= 0 and nonce in rest[brace:]:
-        raise InvalidVerdict("the reply ends in a malformed JSON object with the nonce")
-    if verdict is None:
-        raise InvalidVerdict("the reply holds no JSON object with this call's nonce")
-    if verdict.faults:
-        raise InvalidVerdict(f"the verdict is not strict JSON: {verdict.faults[0]}")
-    score = verdict.content.get("score")
-    if isinstance(score, bool) or not isinstance(score, int | float):
-        raise InvalidVerdict(f"the verdict's score must be a number, not {type(score).__name__}")
-    if not low <= score <= high:  # false for NaN and infinities too
-        raise InvalidVerdict(f"the verdict's score is outside the scale {low:g} to {high:g}")
-    return float(score)
-
-
-@dataclass(frozen=True, slots=True)
-class _Parsed:
-    content: dict[str, Any]
-    faults: list[str]
-
-
-def _last_object_with(nonce: str, text: str) -> tuple[_Parsed | None, str]:
-    """The last JSON object whose "nonce" is the nonce, and the text behind it."""
-    last, end_of_last, position = None, 0, 0
-    while (start := text.find("{", position)) >= 0:
-        try:
-            parsed, position = _parse_at(text, start)
-        except (ValueError, RecursionError):
-            position = start + 1
-            continue
-        if parsed.content.get("nonce") == nonce:
-            last, end_of_last = parsed, position
-    return last, text[end_of_last:]
-
-
-def _parse_at(text: str, start: int) -> tuple[_Parsed, int]:
-    faults: list[str] = []
-
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            faults.append("a key comes twice")
-        return content
-
-    def no_constant(name: str) -> float:
-        faults.append(f"{name} is not JSON")
-        return math.nan
-
-    decoder = json.JSONDecoder(object_pairs_hook=without_duplicates, parse_constant=no_constant)
-    content, end = decoder.raw_decode(text, start)
-    return _Parsed(content, faults), end
 
 
 def _shorten(text: str, max_chars: int) -> str:
@@ -206,8 +226,10 @@ def _shorten(text: str, max_chars: int) -> str:
 
 def _escape(text: str) -> str:
     """A JSON string on one line, in which no mark of ours and no chat template's token can stand."""
-    visible = "".join(
-        char for char in text if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-    )
+    visible = "".join(char for char in text if char in "\n\t" or not _is_unseen(char))
     quoted = json.dumps(visible, ensure_ascii=False).replace("<", "\\u003c").replace(">", "\\u003e")
     return CHAT_MARK.sub("\\\\u005b", quoted)
+
+
+def _is_unseen(char: str) -> bool:
+    return unicodedata.category(char) in INVISIBLE or ord(char) in BLANK
