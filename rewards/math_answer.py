@@ -28,9 +28,9 @@ class MathAnswer(ReadsAnswer):
     """
 
     extract: Extraction = "auto"
-    r"""Where the answer stands. "boxed": in the last \boxed{...}. "last_number": the last number of the text. "auto": in
-    the last \boxed{...}, else after the last "####", else what math-verify finds: after "the answer is", the last LaTeX,
-    the last number."""
+    r"""Where the answer stands. "boxed": in the last \boxed{...}. "last_number": the last number of the text.
+    "auto": in the last \boxed{...}, else after the last "####", else what math-verify finds: after "the answer is",
+    the last LaTeX, the last number."""
     timeout_s: float = Field(10.0, gt=0)
     """Longest wall time of one comparison."""
     memory_bytes: int = Field(2 << 30, ge=512 << 20)

@@ -41,7 +41,7 @@ def compare(reference: str, answer: str, extract: Extraction) -> dict[str, str]:
     given = _extracted(answer, extract)
     if given is None:
         return {"verdict": "no_answer", "detail": _NOTHING_FOUND[extract]}
-    target = parse(given, _BOXED_FIRST, fallback_mode="no_fallback", parsing_timeout=None)
+    target = parse(given, _BOXED_FIRST, fallback_mode="no_fallback", parsing_timeout=0)
     if not target:
         return {"verdict": "no_answer", "detail": "no mathematical expression in it"}
     try:
@@ -61,7 +61,7 @@ def _parsed_reference(reference: str) -> list[Any]:
     if boxed is None and _NUMBER.fullmatch(text):
         boxed = text.replace(",", "")
     for candidate in (f"${boxed}$" if boxed is not None else "", text, f"${text.strip('$')}$"):
-        parsed = parse(candidate, _ONE_EXPRESSION, fallback_mode="no_fallback", parsing_timeout=None)
+        parsed = parse(candidate, _ONE_EXPRESSION, fallback_mode="no_fallback", parsing_timeout=0)
         if parsed:
             return parsed
     return []

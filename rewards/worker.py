@@ -47,7 +47,7 @@ def main() -> None:
 
 def _prepared(path: str, warm_up: list[Any] | None) -> Callable[..., Any]:
     module_name, _, name = path.partition(":")
-    function = functools.reduce(getattr, name.split("."), importlib.import_module(module_name))
+    function: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module_name))
     if warm_up is not None:
         function(*warm_up)
     return function
