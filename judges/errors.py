@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from judges.types import FailureKind, Fault
+from judges.types import FailureKind, Fault, Usage
 
 
 class JudgeError(Exception):
@@ -42,7 +42,13 @@ class JudgeFailure(JudgeError):
     default_kind: ClassVar[FailureKind] = "client_error"
 
     def __init__(
-        self, message: str, *, kind: FailureKind | None = None, status: int | None = None, fault: Fault = "judge"
+        self,
+        message: str,
+        *,
+        kind: FailureKind | None = None,
+        status: int | None = None,
+        fault: Fault = "judge",
+        usage: Usage | None = None,
     ) -> None:
         super().__init__(message)
         self.kind: FailureKind = kind or self.default_kind
@@ -51,6 +57,8 @@ class JudgeFailure(JudgeError):
         """The HTTP status; None where the cause is another."""
         self.fault: Fault = fault
         """"completion": the judged text makes a healthy judge fail."""
+        self.usage: Usage | None = usage
+        """Tokens that were counted, and may be billed, all the same; None where none are known."""
 
 
 class JudgeUnavailable(JudgeFailure):
@@ -95,8 +103,8 @@ class JudgeRefused(JudgeFailure):
 
     default_kind = "refused"
 
-    def __init__(self, message: str, *, status: int | None = None) -> None:
-        super().__init__(message, status=status, fault="completion")
+    def __init__(self, message: str, *, status: int | None = None, usage: Usage | None = None) -> None:
+        super().__init__(message, status=status, fault="completion", usage=usage)
 
 
 class JudgeRejected(JudgeFailure):

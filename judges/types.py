@@ -96,6 +96,10 @@ class ChatReply:
     """As the endpoint names it: "stop", "length", ...; "" where it names none."""
     usage: Usage | None = None
     """None where the endpoint counts nothing, or counts nonsense."""
+    remaining_requests: int | None = None
+    """Requests that the endpoint's rate limit still allows in its window; None where it does not say."""
+    remaining_tokens: int | None = None
+    """Tokens that it still allows; None where it does not say."""
 
     @property
     def is_truncated(self) -> bool:
@@ -145,8 +149,8 @@ class Call:
 class Verdict:
     """What one valid reply says of the texts it was asked about. What a cache keeps."""
 
-    scores: tuple[float, ...]
-    """[N], one per text, in the order of the question."""
+    scores: tuple[float | None, ...]
+    """[N], one per text, in the order of the question; None where the reply says nothing usable of a text."""
     raws: tuple[str, ...]
     """[N], what the reply says of each text, word for word."""
     endpoint: str
@@ -155,6 +159,11 @@ class Verdict:
     """Tokens of this one reply; None where the endpoint counts nothing."""
     cost: float | None
     """Money for this one reply; None where it is unknown."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every text has its score; only such a verdict is kept."""
+        return None not in self.scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
