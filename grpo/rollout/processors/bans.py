@@ -19,8 +19,8 @@ class MinNewTokens:
 
     def __call__(self, logits: Tensor, prefix: Prefix) -> Tensor:
         """See the class."""
-        is_end = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)  # [V]
-        is_end[list(self.end_token_ids)] = True
+        tokens = torch.arange(logits.shape[1], device=logits.device)  # [V]
+        is_end = torch.isin(tokens, torch.tensor(self.end_token_ids, device=logits.device))
         return logits.masked_fill((prefix.lengths < self.count)[:, None] & is_end, -torch.inf)
 
 

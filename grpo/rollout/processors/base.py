@@ -16,8 +16,8 @@ from grpo.config.rollout import PenaltyScope
 class Prefix:
     """The text before each of N positions: a prompt, and what had been sampled after it. Right-padded.
 
-    What lies behind a length is never looked at, but must be token ids. So a decode loop may hand over one buffer that
-    it fills step by step, and replay whole completions, future tokens included.
+    What lies behind a length counts nowhere. So a decode loop may hand over one buffer that it fills step by step, and
+    replay whole completions, future tokens included.
     """
 
     prompt_ids: Tensor
@@ -78,9 +78,17 @@ class Processor(Protocol):
 
 def marked(token_ids: Tensor, counts: Tensor, vocab_size: int) -> Tensor:
     """[N, V] bool: the tokens among token_ids [N, L] whose entry counts [N, L] bool."""
-    # what does not count goes to a column that is cut off: no entry is written with two values, whatever the order
+    # one column more, cut off, for what does not count and for ids that a smaller head has no logit of: so no entry is
+    # written with two values, whose order would decide
     flags = torch.zeros(len(token_ids), vocab_size + 1, dtype=torch.bool, device=token_ids.device)
-    return flags.scatter_(1, token_ids.where(counts, vocab_size), True)[:, :vocab_size]
+    return flags.scatter_(1, token_ids.where(counts, vocab_size).clamp(max=vocab_size), True)[:, :vocab_size]
+
+
+def occurrences(token_ids: Tensor, counts: Tensor, vocab_size: int) -> Tensor:
+    """[N, V] float32: how often each token is among the entries of token_ids [N, L] that count [N, L] bool."""
+    times = torch.zeros(len(token_ids), vocab_size + 1, device=token_ids.device)  # one column more: see marked
+    ids = token_ids.where(counts, vocab_size).clamp(max=vocab_size)
+    return times.scatter_add_(1, ids, counts.to(times.dtype))[:, :vocab_size]
 
 
 def right_padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

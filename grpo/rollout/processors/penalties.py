@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo.config.rollout import PenaltyScope
-from grpo.rollout.processors.base import Prefix, marked
+from grpo.rollout.processors.base import Prefix, marked, occurrences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,6 @@ class OccurrencePenalties:
 
     def __call__(self, logits: Tensor, prefix: Prefix) -> Tensor:
         """See the class."""
-        times = torch.zeros_like(logits, requires_grad=False)  # [N, V]
-        for token_ids, counts in prefix.parts(self.over):
-            times.scatter_add_(1, token_ids, counts.to(times))
+        parts = [occurrences(token_ids, counts, logits.shape[1]) for token_ids, counts in prefix.parts(self.over)]
+        times = (parts[0] if len(parts) == 1 else parts[0] + parts[1]).to(logits.dtype)  # [N, V]
         return logits - self.frequency * times - self.presence * (times > 0)
