@@ -74,6 +74,9 @@ def trainer_logprobs(policy: Policy, groups: list[RolloutGroup], params: Samplin
         {"top_k": 20},
         {"presence_penalty": 0.7, "frequency_penalty": 0.4},
         {"min_new_tokens": 4},
+        {"repetition_penalty": 1.4},
+        {"presence_penalty": 0.7, "penalties_over": "prompt", "repetition_penalty": 1.4},
+        {"no_repeat_ngram": 1, "banned": ((4,), (5,), (6, 7))},
         {"top_p": 0.8, "top_k": 50, "presence_penalty": 0.5, "min_new_tokens": 3},
     ],
 )
