@@ -1,4 +1,8 @@
-"""Every judge call -> one line of JSON, appended. Knows no secrets: nobody hands it any."""
+"""Every judgement -> one line of JSON, appended. Knows no secrets: nobody hands it any.
+
+A line may also say how much money a budget has booked since the last such line: that is how a resumed run knows what
+has been spent (`judges.budget`).
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,13 @@ import asyncio
 import json
 import os
 import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from judges.errors import AuditFailed
-from judges.types import FailureKind, Usage
+from judges.types import Call, FailureKind, Fault, Origin, Usage
 
 _WRITING = threading.Lock()  # of the process, not of a log: two logs may share a file
 
@@ -24,24 +29,54 @@ class AuditRecord:
     """The request's."""
     criterion: str
     """What was judged."""
+    judgement_sha256: str | None = None
+    """What was judged by whom (`judges.identity`): replay finds the judgement by it."""
     prompt_sha256: str | None
     """Of the last prompt sent, without its nonce; None where none was."""
+    rubric_sha256: str | None = None
+    """The rubric's version."""
+    keys: tuple[str, ...] = ()
+    """Request keys of the questions asked about it, as the cache has them."""
     raw: str | None
-    """The last reply, valid or not; None where none came."""
+    """The judge's words that hold the verdict; for a failure the last reply, None where none came."""
     outcome: Literal["scored"] | FailureKind
     """"scored", or what went wrong."""
     value: float | None
-    """The score; None where there is none."""
+    """The score; None where there is none. JSON's shortest form reads back to the same bits."""
     detail: str
     """The cause of a failure; "" for a score."""
+    fault: Fault | None = None
+    """Whose doing a failure was; None for a score."""
     attempts: int
     """Calls made."""
+    calls: tuple[Call, ...] = ()
+    """Every try; one that asked about several completions stands in the record of each."""
+    origin: Origin | None = None
+    """Whether anybody was asked for the score; None for a failure."""
+    endpoint: str = ""
+    """Who gave the score; "" for a failure."""
     usage: Usage | None
-    """Tokens of all calls that answered."""
+    """This completion's share of the tokens of all calls that answered."""
+    cost: float | None = None
+    """Its share of the money; None where it is unknown."""
+    disagreement: float | None = None
+    """Standard deviation among an ensemble's judges; None without an ensemble."""
     latency_s: float
     """From the batch's start to the outcome, waiting and retries included."""
     time_s: float
     """Unix time of the outcome."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Booking:
+    """Money that a budget has booked since it last said so."""
+
+    judge: str
+    """The budget's name."""
+    amount: float
+    """In the prices' currency, estimates included."""
+    estimated: float
+    """The part of it that is an upper bound: nobody said what the call has cost, it may even be nothing."""
 
 
 class AuditLog:
@@ -50,8 +85,12 @@ class AuditLog:
     Use: `await audit.append(record)` as often as you like, from many tasks; `audit.close()` at the end.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, take_booking: Callable[[], Booking | None] | None = None) -> None:
+        """Args: take_booking: a budget's; asked at each line and at the end, so that its money is written down."""
         self.path = path
+        self.step: int | None = None
+        """The training step that records belong to from now on; None outside of training."""
+        self._take_booking = take_booking
         self._file: int | None = None
 
     async def append(self, record: AuditRecord) -> None:
@@ -63,7 +102,14 @@ class AuditLog:
         await asyncio.to_thread(self._write, record)
 
     def close(self) -> None:
-        """Sync and close; the next line would open the file again."""
+        """Sync and close; the next line would open the file again.
+
+        Raises:
+            AuditFailed: what a budget has booked since the last line could not be written.
+        """
+        booking = self._take_booking() if self._take_booking else None
+        if booking is not None:
+            self._write_lines([{"step": self.step, "booking": asdict(booking)}])
         with _WRITING:
             file, self._file = self._file, None
             if file is not None:
@@ -73,17 +119,40 @@ class AuditLog:
                     os.close(file)
 
     def _write(self, record: AuditRecord) -> None:
-        line = json.dumps(asdict(record), ensure_ascii=True, allow_nan=False).encode() + b"\n"
+        lines: list[dict[str, Any]] = [{"step": self.step, **asdict(record)}]
+        booking = self._take_booking() if self._take_booking else None
+        if booking is not None:
+            lines.append({"step": self.step, "booking": asdict(booking)})
+        self._write_lines(lines)
+
+    def _write_lines(self, lines: list[dict[str, Any]]) -> None:
+        content = b"".join(json.dumps(line, ensure_ascii=True, allow_nan=False).encode() + b"\n" for line in lines)
         try:
             with _WRITING:
                 if self._file is None:
                     self._file = _open_at_line_start(self.path)
-                while line:
-                    line = line[os.write(self._file, line) :]
+                while content:
+                    content = content[os.write(self._file, content) :]
         except OSError as exc:
             raise AuditFailed(
                 f"the audit {self.path} cannot be written: {exc}. Free space, or choose another path."
             ) from exc
+
+
+def read_audit(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The lines of an audit, oldest first. A line that a crash has torn is left out.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                content = json.loads(line)
+            except ValueError:  # torn, or not UTF-8
+                continue
+            if isinstance(content, dict):
+                yield content
 
 
 def _open_at_line_start(path: Path) -> int:
