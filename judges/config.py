@@ -50,6 +50,10 @@ class EndpointConfig(StrictModel):
     """env:NAME, and nothing else; None sends no key."""
     private_network: bool = False
     """The name may lead into a private network (10.x, 192.168.x, ...). Link-local and metadata addresses never."""
+    ca_file: str | None = None
+    """A PEM file with the authority that has signed the endpoint's certificate; None trusts the public authorities."""
+    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the "openai_chat" dialect calls the reply's limit here; OpenAI's reasoning models take the second only."""
     requests_per_minute: float | None = Field(None, gt=0)
     """What the endpoint allows; None knows no limit but the 429s."""
     tokens_per_minute: float | None = Field(None, gt=0)

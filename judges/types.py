@@ -33,6 +33,9 @@ FailureKind: TypeAlias = Literal[
     "client_error",  # the judge client itself is broken
 ]
 
+TRUNCATED_REASONS = frozenset({"length", "max_tokens", "model_context_window_exceeded"})
+"""Finish reasons that say a token limit cut the reply off, in OpenAI's dialect and Anthropic's."""
+
 RETRYABLE_KINDS: frozenset[FailureKind] = frozenset(
     {"deadline", "timeout", "unavailable", "overloaded", "breaker_open"}
 )
@@ -103,8 +106,8 @@ class ChatReply:
 
     @property
     def is_truncated(self) -> bool:
-        """Whether the token limit cut it off: "length" in OpenAI's dialect, "max_tokens" in Anthropic's."""
-        return self.finish_reason in ("length", "max_tokens")
+        """Whether a token limit cut it off."""
+        return self.finish_reason in TRUNCATED_REASONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
