@@ -282,7 +282,12 @@ def _with_model(
         max_prompt_tokens=max_prompt_tokens,
         params=params,
         policy=policy,
-        engine=TransformersEngine(policy, tokenizer, max_rows=config.rollout.max_rows),
+        engine=TransformersEngine(
+            policy,
+            tokenizer,
+            max_rows=config.rollout.max_rows,
+            max_batch_tokens=config.rollout.max_batch_tokens,
+        ),
         scorer=scorer,
         eval_scorer=eval_scorer,
         updater=updater,
