@@ -36,7 +36,7 @@ def letters(inputs, flat=(), missing=()):
 def vowels(inputs):
     return [sum(letter in "aeiou" for letter in one.completion) for one in inputs]
 '''
-MODULES = ("run_rewards", "run_losses", "run_broken", "run_unparsed")
+MODULES = ("run_rewards", "run_losses", "run_processors", "run_broken", "run_unparsed")
 """What tests write beside a recipe; imported anew in every test."""
 
 
