@@ -11,7 +11,6 @@ from rewards.abstention import is_abstention
 from rewards.abstention_penalty import AbstentionPenalty
 from rewards.choice import Choice
 from rewards.exact_match import ExactMatch
-from rewards.format import Format
 from rewards.grounding import Grounding
 from rewards.length import Length
 from rewards.mentions import mentioned
@@ -212,24 +211,6 @@ def test_exact_match(completion, reference, value):
 def test_exact_match_can_mind_case_and_punctuation():
     assert score(ExactMatch(ignore_case=False), "paris", reference="Paris").value == 0.0
     assert score(ExactMatch(ignore_punctuation=False), "Paris.", reference="Paris").value == 0.0
-
-
-@pytest.mark.parametrize(
-    ("params", "completion", "value"),
-    [
-        ({"max_words": 2}, "one two", 1.0),
-        ({"max_words": 2}, "one two three", 0.0),
-        ({"one_line": True}, "one\n", 1.0),
-        ({"one_line": True}, "one\ntwo", 0.0),
-        ({"pattern": r"\d+"}, " 42 ", 1.0),
-        ({"pattern": r"\d+"}, "42 apples", 0.0),
-        ({"pattern": r"(?s)<think>.*</think>.+"}, "<think>a\nb</think> c", 1.0),
-        ({"pattern": r"\d+", "max_words": 1}, "forty", 0.0),
-        ({"pattern": r".*"}, "", 0.0),
-    ],
-)
-def test_format(params, completion, value):
-    assert score(Format(**params), completion).value == value
 
 
 @pytest.mark.parametrize(
