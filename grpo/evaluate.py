@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from grpo.formats.bbq import BbqAnswer, bbq_summary
 from grpo.metrics import bootstrap_difference, bootstrap_mean
 from grpo.prompts import EncodedPrompt
 from grpo.rollout.base import RolloutEngine, SamplingParams
 from grpo.runtime.distributed import Ranks
 from grpo.scoring import Scorer
 from grpo.types import Prompt, RolloutGroup, ScoredGroup
+from rewards.choice import given_choices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +140,27 @@ def examples(before: Sequence[Answer], after: Sequence[Answer], *, count: int = 
         }
         for b, a in chosen[:count]
     ]
+
+
+def bias_of(answers: Sequence[Answer]) -> dict[str, Any]:
+    """BBQ's category -> its accuracy and bias scores, where the prompts are BBQ's; else empty."""
+    by_category: dict[str, list[BbqAnswer]] = {}
+    for answer in answers:
+        meta = answer.prompt.meta
+        if not {"is_negative", "unknown", "target", "category"} <= meta.keys():
+            continue
+        given = given_choices(answer.completion, meta["choices"])
+        by_category.setdefault(meta["category"], []).append(
+            BbqAnswer(
+                kind=answer.kind,
+                is_negative=meta["is_negative"],
+                given=given.pop() if len(given) == 1 else None,
+                reference=answer.prompt.reference or "",
+                unknown=meta["unknown"],
+                target=meta["target"],
+            )
+        )
+    return bbq_summary(by_category)
 
 
 def _objectives(answers: Sequence[Answer]) -> list[str]:

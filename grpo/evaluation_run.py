@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.checkpoint import latest_checkpoint, load_checkpoint
-from grpo.evaluate import evaluate, summarise
+from grpo.evaluate import bias_of, evaluate, summarise
 from grpo.preflight import open_run
 from grpo.recipe_loader import load_recipe
 
@@ -17,7 +17,8 @@ def evaluate_target(target: str, *, recipe: str, overrides: Sequence[str]) -> di
     """Evaluate a run directory under its own config, or a model under a recipe's prompts and rewards.
 
     Returns:
-        The shape of eval.json with one side: {"after": ...} for a run, {"before": ...} for a model as it is.
+        The shape of eval.json with one side: {"after": ...} for a run, {"before": ...} for a model as it is; and
+        "bbq", accuracy and bias, where the prompts are BBQ's.
     Raises:
         InputError: neither a run nor a model, a run without a checkpoint, the recipe is wrong, or it names no held-out
             prompts.
@@ -40,4 +41,6 @@ def evaluate_target(target: str, *, recipe: str, overrides: Sequence[str]) -> di
         answers = evaluate(parts.engine, parts.eval_scorer, prompts, params=parts.params, ranks=parts.ranks)
     finally:
         parts.close()
-    return {"before" if checkpoint is None else "after": summarise(answers)}
+    when = "before" if checkpoint is None else "after"
+    bias = bias_of(answers)
+    return {when: summarise(answers), **({"bbq": {when: bias}} if bias else {})}

@@ -5,6 +5,8 @@ Batches are a pure function of (config, seed, step): the cursor of a resumed run
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import random
 from collections import Counter
@@ -18,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config import FilePrompts, HubPrompts, PromptsConfig, TaskPrompts
 from grpo.errors import DatasetError
+from grpo.formats.registry import read_question
 from grpo.tasks.base import Split, Task, drawn
 from grpo.tasks.registry import get_task
 from grpo.types import Message, Prompt
@@ -224,16 +227,17 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, max_tok
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
+    """A file's rows: JSON lines, a JSON list, or CSV with a header. Raises DatasetError."""
     if not path.is_file():
         raise DatasetError(f"no dataset at {path}. Relative paths are resolved against the recipe's folder.")
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark at the beginning
     except (OSError, UnicodeDecodeError) as exc:
         raise DatasetError(f"{path} cannot be read as UTF-8 text: {exc}. Give a .jsonl or .json file.") from exc
-    if path.suffix == ".json":
+    if path.suffix == ".csv":
+        return [dict(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
+    if path.suffix == ".json" and text.lstrip().startswith("["):  # some publish JSON lines under that name
         rows = _parse_json(text, place=str(path))
-        if not isinstance(rows, list):
-            raise DatasetError(f"{path} holds {type(rows).__name__}, expected a list of rows")
     else:
         lines = enumerate(text.split("\n"), start=1)  # splitlines would also split at U+2028, inside a text
         rows = [_parse_json(line, place=f"{path} line {number}") for number, line in lines if line.strip()]
@@ -269,6 +273,8 @@ def _to_prompts(
 ) -> list[Prompt]:
     if not rows:
         raise DatasetError(f"{source} is empty: it holds no prompt")
+    if config.format != "plain":
+        return _of_public_form(rows, config, objectives, source=source)
     prompts = [_to_prompt(n, row, config, objectives, source=source) for n, row in enumerate(rows)]
     ids = [prompt.id for prompt in prompts]
     twice = [prompt_id for prompt_id, count in Counter(ids).items() if count > 1]
@@ -276,6 +282,27 @@ def _to_prompts(
         raise DatasetError(
             f"{source} has the same id twice: {twice[0]!r}. Give every row its own, or drop the column: "
             "rows are then numbered."
+        )
+    return prompts
+
+
+def _of_public_form(
+    rows: Sequence[Mapping[str, Any]], config: FilePrompts | HubPrompts, objectives: tuple[str, ...], *, source: str
+) -> list[Prompt]:
+    """Published files repeat some questions: the second of an id is numbered."""
+    seen: Counter[str] = Counter()
+    prompts: list[Prompt] = []
+    for number, row in enumerate(rows, start=1):
+        question = read_question(config.format, row, place=f"{source} row {number}")
+        seen[question.id] += 1
+        prompts.append(
+            Prompt(
+                id=question.id if seen[question.id] == 1 else f"{question.id}-{seen[question.id]}",
+                messages=(Message(role="user", content=question.text),),
+                objectives=objectives,
+                reference=question.reference,
+                meta=question.meta,
+            )
         )
     return prompts
 

@@ -151,7 +151,9 @@ class RunDirectory:
         results = {"after", "difference", "examples"} & set(evaluation)
         if results:
             kept = {key: value for key, value in evaluation.items() if key not in results}
-            kept["answers"] = {when: value for when, value in kept.get("answers", {}).items() if when != "after"}
+            for part in ("answers", "bbq"):
+                if part in kept:
+                    kept[part] = {when: value for when, value in kept[part].items() if when != "after"}
             self.write_eval(kept)
 
 

@@ -20,7 +20,7 @@ from grpo.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, loa
 from grpo.collection import collect
 from grpo.config import RunConfig, WarmupConfig
 from grpo.errors import CheckpointError, ConfigError, RunStopped
-from grpo.evaluate import Answer, compare, evaluate, examples, summarise
+from grpo.evaluate import Answer, bias_of, compare, evaluate, examples, summarise
 from grpo.preflight import RunParts, open_run
 from grpo.rollout.canary import check_engine_follows
 from grpo.run_directory import RunDirectory
@@ -328,6 +328,8 @@ class Trainer:
         answers = evaluate(parts.engine, parts.eval_scorer, self._held_out(), params=parts.params, ranks=self._ranks)
         evaluation = self._read_eval()
         evaluation[when] = summarise(answers)
+        if bias := bias_of(answers):
+            evaluation.setdefault("bbq", {})[when] = bias
         evaluation.setdefault("answers", {})[when] = [_entry_of(answer) for answer in answers]
         if before is not None:
             evaluation["difference"] = compare(before, answers)

@@ -20,12 +20,17 @@ class TaskPrompts(StrictModel):
     """P: prompts per optimizer step."""
 
 
+RowFormat = Literal["plain", "bbq", "gsm8k", "halueval", "halueval_qa", "truthfulqa"]
+"""plain: the columns named beside it. Else a public dataset in its authors' form, read by `grpo.formats`."""
+
+
 class FilePrompts(StrictModel):
-    """A JSON-lines or JSON file with one prompt a row."""
+    """A JSON-lines, JSON or CSV file with one prompt a row."""
 
     type: Literal["file"]
     path: Path
     """Relative to the recipe's folder."""
+    format: RowFormat = "plain"
     held_out_path: Path | None = None
     """Prompts for evaluation, same columns; needed where eval.before or eval.after is on."""
     prompt_column: str = "prompt"
@@ -42,6 +47,7 @@ class HubPrompts(StrictModel):
 
     type: Literal["hub"]
     name: str
+    format: RowFormat = "plain"
     subset: str | None = None
     split: str = "train"
     held_out_split: str | None = None

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, BloomConfig, LlamaConfig, PreTrainedToke
 from grpo.config import FilePrompts, TaskPrompts
 from grpo.errors import DatasetError
 from grpo.preflight import context_length
-from grpo.prompts import ListSource, PromptSource, TaskSource, encode_prompt, open_prompts
+from grpo.prompts import ListSource, PromptSource, TaskSource, encode_prompt, open_prompts, read_rows
 from grpo.tasks.base import Split
 from grpo.types import Message, Prompt
 
@@ -271,10 +271,9 @@ def test_a_broken_line_is_named_by_its_number_in_the_file(tmp_path: Path) -> Non
     ("name", "text", "words"),
     [
         ("d.json", "[1, ", "is not JSON"),
-        ("d.json", '{"prompt": "Who?"}', "holds dict, expected a list of rows"),
         ("d.json", '["Who?"]', "row 1 is str, expected an object with columns"),
         ("d.jsonl", '"Who?"', "row 1 is str, expected an object with columns"),
-        ("d.csv", "prompt,reference\nWho?,Anna", "line 1 is not JSON"),
+        ("d.txt", "prompt,reference\nWho?,Anna", "line 1 is not JSON"),
     ],
 )
 def test_a_file_of_another_shape_is_refused_with_its_path(name: str, text: str, words: str, tmp_path: Path) -> None:
@@ -362,3 +361,17 @@ def test_a_model_whose_config_names_no_end_of_its_context_takes_every_prompt(
     assert context_length(LlamaConfig(max_position_embeddings=256)) == 256
     assert context_length(BloomConfig()) is None  # ALiBi: no position is the last
     assert len(encode_prompt(make_prompt("p", text="Who? " * 500), tokenizer, max_tokens=None).token_ids) > 500
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("d.csv", 'prompt,reference\n"Who, then?",Anna\n'),
+        ("d.json", '[{"prompt": "Who, then?", "reference": "Anna"}]'),
+        ("d.json", '{"prompt": "Who, then?", "reference": "Anna"}\n'),  # JSON lines under the name of JSON
+        ("d.jsonl", '{"prompt": "Who, then?", "reference": "Anna"}'),
+    ],
+)
+def test_rows_are_the_same_from_csv_json_and_json_lines(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_rows(tmp_path / name) == [{"prompt": "Who, then?", "reference": "Anna"}]

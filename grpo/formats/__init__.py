@@ -1,0 +1,1 @@
+"""Public datasets in the form in which their authors publish them -> prompts."""
