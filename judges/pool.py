@@ -1,58 +1,98 @@
-"""JudgeRequests -> Judgements, in order. Owns concurrency, deadlines and retries; nobody else sleeps or retries."""
+"""JudgeRequests -> Judgements, in order. Owns concurrency, deadlines, retries, budget; nobody else sleeps or retries.
+
+requests  --mode-->  questions, equal ones once, every judge of an ensemble asked by itself
+a question  -->  the cache, or the endpoint that is ready first; again, or elsewhere, while time and budgets allow
+answers  --mode, ensemble-->  one judgement a request, each written to the audit
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
-from judges.audit import AuditLog, AuditRecord
+from judges.asking import Asking
+from judges.audit import AuditRecord
+from judges.cache import request_key
 from judges.clients.base import JudgeClient
-from judges.config import JudgeConfig
-from judges.errors import (
-    InvalidVerdict,
-    JudgeConfigError,
-    JudgeFailure,
-    JudgeTimeout,
-    JudgeUnavailable,
-)
-from judges.prompts import RenderedPrompt, Rubric, load_rubric, render_prompt
-from judges.types import ChatReply, ChatRequest, Failed, FailureKind, Judgement, JudgeRequest, Message, Scored, Usage
-from judges.verdicts import parse_verdict
+from judges.config import JudgeConfig, Penalise
+from judges.ensemble import combine
+from judges.errors import InvalidVerdict, JudgeConfigError, JudgeFailure
+from judges.flights import GRACE_S, Flight
+from judges.identity import judgement_hashes, rubric_sha256
+from judges.lane import Lane, LaneStats, NotAdmitted
+from judges.modes import build_mode
+from judges.modes.base import Answer, Outcome, Question
+from judges.prompts import RenderedPrompt, Rubric, load_rubric, render_comparison, render_prompt
+from judges.seams import AuditSink, Budget, VerdictCache
+from judges.types import ChatReply, ChatRequest, FailureKind, Judgement, JudgeRequest, Message, Scored, Verdict
+from judges.verdicts import parse_group_verdict, parse_pair_verdict, parse_verdict, verdict_schema
 
-MAX_BACKOFF_S = 20.0
-INVALID_VERDICTS_ALLOWED = 1
-MAX_DETAIL_CHARS = 300
+SUSPECT_KINDS: frozenset[FailureKind] = frozenset({"invalid_verdict", "empty", "truncated", "reply_too_large"})
+"""Failures that a text can provoke without saying so."""
+BENIGN_COMPLETION = "I do not know."
+MAX_CANARIES = 1000
+
+Panel = tuple[Lane, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolStats:
+    """What a pool has done so far, for metrics and the report."""
+
+    lanes: tuple[LaneStats, ...]
+    """Per endpoint, in order of preference."""
+    outcomes: dict[str, int]
+    """Judgements by outcome: "scored", or what went wrong."""
+    counts: dict[str, int]
+    """cached (questions), shared (questions), pairs, position_contradictions, completion_faults (judgements)."""
 
 
 class JudgePool:
-    """Asks one judge about many completions at a time. A request that gets no verdict is Failed, never a number.
+    """Asks judges about many completions at a time. A request that gets no verdict is Failed, never a number.
 
     Use: `judgements = await JudgePool(client=client, config=config).judge(requests)`, within one event loop. Batches
-    may overlap: they share the concurrency, and each has its own deadline. The client stays its maker's to close.
+    may overlap: they share the limits, and each has its own deadline. The clients stay their maker's to close.
     """
 
     def __init__(
         self,
         *,
-        client: JudgeClient,
+        client: JudgeClient | Sequence[JudgeClient],
         config: JudgeConfig,
         rubric: Rubric | None = None,
-        audit: AuditLog | None = None,
+        audit: AuditSink | None = None,
+        cache: VerdictCache | None = None,
+        budget: Budget | None = None,
     ) -> None:
-        self._client = client
+        """Take one client for each endpoint, in the config's order; one alone is asked for all of them."""
+        clients = [client] * len(config.endpoints) if isinstance(client, JudgeClient) else list(client)
+        self._clients = dict(zip([one.label for one in config.endpoints], clients, strict=True))
         self._config = config
+        self._mode = build_mode(config.mode, config.scale)
         self._rubric = rubric or load_rubric(config.rubric)
+        if config.mode.type != "pointwise" and not self._rubric.can_compare:
+            raise JudgeConfigError(
+                f"rubric {self._rubric.name} shows one answer a call, and the mode is {config.mode.type}. Show the "
+                "answers by {answers} and end with {verdict}, or judge pointwise."
+            )
+        self._rubric_sha256 = rubric_sha256(self._rubric)
         self._audit = audit
-        limit = config.concurrency
-        self._slots = asyncio.Semaphore(limit if isinstance(limit, int) else limit.start)
+        self._cache = cache
+        self._budget = budget
         self._random = random.Random()  # ours alone: a wait must not move the training's seeds
+        self._lanes: Panel = ()
+        self._flights: dict[tuple[Panel, Question], Flight[Answer]] = {}
+        self._canaries: dict[tuple[Panel, Question], bool] = {}
+        self._outcomes: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
 
     async def judge(self, requests: Sequence[JudgeRequest]) -> list[Judgement]:
-        """Judge one batch within the config's deadline.
+        """Judge one batch within the config's deadline. Groupwise and pairwise, the completions of one question are
+        those of the requests that share question, reference and criterion: hand them in together.
 
         Returns:
             One judgement per request, in the requests' order.
@@ -61,127 +101,308 @@ class JudgePool:
             AuditFailed: a verdict could not be written down.
         """
         deadline = asyncio.get_running_loop().time() + self._config.deadline_s
+        questions = list(dict.fromkeys(self._mode.questions(requests)))
+        panels = self._panels()
         try:
             async with asyncio.TaskGroup() as tasks:
-                calls = [tasks.create_task(self._judge_one(request, deadline)) for request in requests]
+                asked = {
+                    (panel, question): tasks.create_task(self._answer(panel, question, deadline))
+                    for panel in panels
+                    for question in questions
+                }
         except ExceptionGroup as group:  # whatever the judge does is Failed already; this is ours to stop for
             raise group.exceptions[0] from None
-        return [call.result() for call in calls]
+        by_panel = []
+        for panel in panels:
+            answers = {question: asked[panel, question].result() for question in questions}
+            outcomes, counts = self._mode.judgements(requests, answers)
+            self._counts += counts
+            by_panel.append(outcomes)
+        outcomes = [self._combined(of_request) for of_request in zip(*by_panel, strict=True)]
+        await self._write_down(requests, outcomes)
+        return [outcome.judgement for outcome in outcomes]
 
-    async def _judge_one(self, request: JudgeRequest, deadline: float) -> Judgement:
-        started = time.monotonic()
-        trail = _Trail()
+    def stats(self) -> PoolStats:
+        """Counters and limits so far."""
+        return PoolStats(
+            lanes=tuple(lane.stats() for lane in self._lanes),
+            outcomes=dict(self._outcomes),
+            counts=dict(self._counts),
+        )
+
+    # One question: asked once for all who want to know, until an answer or the deadline.
+
+    async def _answer(self, panel: Panel, question: Question, deadline: float) -> Answer:
+        """The question's answer; `failed("deadline")` where it does not come in time."""
+        clock = asyncio.get_running_loop().time
+        started = clock()
+        flight = self._flights.get((panel, question))
+        is_shared = flight is not None
+        asking = Asking(question, panel, self._config, self._random)
+        if flight is None:
+            flight = Flight(
+                lambda flight: self._ask(asking, panel, flight),
+                on_end=lambda: self._forget(panel, question, flight),
+            )
+            self._flights[panel, question] = flight
         try:
-            async with asyncio.timeout_at(deadline):
-                judgement = await self._ask_until_settled(request, trail, deadline)
+            answer = await flight.wait(deadline)
         except TimeoutError:
-            last = f"; last: {trail.problem}" if trail.problem else ""
-            judgement = trail.failed("deadline", f"not judged within {self._config.deadline_s:g} s{last}")
-        if self._audit is not None:
-            latency_s = time.monotonic() - started
-            await self._audit.append(_audit_record(request, judgement, trail, latency_s=latency_s))
-        return judgement
+            last = f"; last: {list(asking.failures.values())[-1]}" if asking.failures else ""
+            answer = asking.failed("deadline", f"not judged within {self._config.deadline_s:g} s{last}")
+        self._counts["shared"] += is_shared
+        return replace(answer.shared() if is_shared else answer, latency_s=clock() - started)
 
-    async def _ask_until_settled(self, request: JudgeRequest, trail: _Trail, deadline: float) -> Judgement:
-        """Ask, and ask again where that may help. The loop ends: both budgets are finite."""
-        unavailable, invalid = 0, 0
+    async def _ask(self, asking: Asking, panel: Panel, flight: Flight[Answer]) -> Answer:
+        """Ask, and ask again where that may help. The loop ends: attempts are finite, and so is the deadline."""
+        clock = asyncio.get_running_loop().time
+        cached = await self._from_cache(asking)
+        if cached is not None:
+            return cached
         while True:
-            try:
-                return await self._ask_once(request, trail)
-            except InvalidVerdict as exc:
-                invalid += 1
-                trail.problem = str(exc)
-                if invalid > INVALID_VERDICTS_ALLOWED:
-                    return trail.failed("invalid_verdict", str(exc))
-            except JudgeUnavailable as exc:
-                unavailable += 1
-                trail.problem = str(exc)
-                if unavailable >= self._config.attempts:
-                    return trail.failed(exc.kind, str(exc))
-                wait_s = self._backoff_s(unavailable, exc.retry_after_s)
-                remaining_s = deadline - asyncio.get_running_loop().time()
-                if wait_s >= remaining_s:
-                    return trail.failed("deadline", f"the next try is due in {wait_s:.3g} s, too late; last: {exc}")
+            choice = asking.next_lane(clock())
+            if choice is None:
+                return await self._blamed(asking.failed_for_good(), asking, panel, flight.deadline)
+            lane, wait_s = choice
+            if wait_s > 0.0:
+                if wait_s >= flight.deadline - clock():
+                    return asking.failed_waiting(lane, wait_s)
                 await asyncio.sleep(wait_s)
-            except JudgeFailure as exc:
-                return trail.failed(exc.kind, str(exc), fault=exc.fault)
+                continue  # look again: another endpoint may be ready by now
+            try:
+                verdict = asking.merge(await self._try_with_twin(lane, asking))
+                if not verdict.is_complete:
+                    missing = verdict.scores.count(None)
+                    raise InvalidVerdict(f"the verdict lacks {missing} of {len(verdict.scores)} ids")
+            except NotAdmitted:
+                continue
+            except JudgeFailure as failure:
+                asking.note_failure(lane, failure, clock())
             except JudgeConfigError:
                 raise
-            except Exception as exc:  # noqa: BLE001 - somebody else's client: its bug must cost one verdict, not the run
-                return trail.failed("client_error", f"{type(exc).__name__}: {exc}")
+            except Exception as exc:  # noqa: BLE001 - a client's bug must cost one verdict, not the run
+                asking.note_failure(lane, JudgeFailure(f"{type(exc).__name__}: {exc}"), clock())
+            else:
+                if self._cache is not None and asking.key is not None:
+                    await self._cache.put(asking.key, verdict)
+                return asking.answer(verdict)
 
-    async def _ask_once(self, request: JudgeRequest, trail: _Trail) -> Scored:
-        """One try, with a nonce of its own. Waiting for a slot is not part of the try's time."""
-        config = self._config
-        prompt = render_prompt(
-            self._rubric,
-            request,
-            low=config.scale.low,
-            high=config.scale.high,
-            max_input_chars=config.max_input_chars,
-        )
-        chat = ChatRequest(
-            messages=(Message(role="user", content=prompt.text),),
-            max_tokens=config.max_tokens,
-            temperature=config.endpoints[0].temperature,
-            seed=config.endpoints[0].seed,
-        )
-        async with self._slots:
-            trail.begin(prompt)
-            reply = await self._complete_in_time(chat)
-        trail.end(reply)
-        value = parse_verdict(reply.text, nonce=prompt.nonce, low=config.scale.low, high=config.scale.high)
-        return Scored(value=value, raw=reply.text, usage=trail.usage, attempts=trail.attempts)
+    async def _try_with_twin(self, lane: Lane, asking: Asking) -> Verdict:
+        """One try; where it is slower than most and hedging is on, a second one beside it: the first answer counts."""
+        sent, twin_sent = asyncio.Event(), asyncio.Event()
+        after_s = lane.hedge_after_s()
+        if after_s is None:
+            return await self._try(lane, asking, sent=sent)
 
-    async def _complete_in_time(self, chat: ChatRequest) -> ChatReply:
+        async def try_later() -> Verdict:
+            await sent.wait()
+            await asyncio.sleep(after_s)
+            now = asyncio.get_running_loop().time()
+            others = [one for one in asking.candidates() if one is not lane and asking.wait_s(one, now) == 0.0]
+            return await self._try([*others, lane][0], asking, sent=twin_sent, is_hedge=True)
+
+        first, twin = asyncio.create_task(self._try(lane, asking, sent=sent)), asyncio.create_task(try_later())
+        pending = {first, twin}
         try:
-            async with asyncio.timeout(self._config.timeout_s):
-                return await self._client.complete(chat)
-        except TimeoutError:
-            raise JudgeTimeout(f"no answer within {self._config.timeout_s:g} s") from None
+            while True:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                answered = [task for task in done if task.exception() is None]
+                if answered:
+                    return answered[0].result()
+                if first.done() and (twin.done() or not twin_sent.is_set()):
+                    return first.result()  # raises: this endpoint's failure is what decides
+        finally:
+            for task in pending:
+                task.cancel()
+            if pending:
+                await asyncio.wait(pending, timeout=GRACE_S)
 
-    def _backoff_s(self, failures: int, retry_after_s: float | None) -> float:
-        """Full jitter (AWS Builders' Library, "Timeouts, retries, and backoff with jitter"), or what the judge asks."""
-        if retry_after_s is not None:
-            return retry_after_s
-        return self._random.uniform(0.0, min(MAX_BACKOFF_S, self._config.backoff_s * 2.0 ** (failures - 1)))
+    async def _try(self, lane: Lane, asking: Asking, *, sent: asyncio.Event, is_hedge: bool = False) -> Verdict:
+        """One call to one endpoint, with a nonce of its own."""
+        prompt = self._render(asking.question)
+        chat = self._chat(lane, asking.question, prompt.text)
+        asking.prompt_sha256 = prompt.sha256
+        asking.key = self._key(lane, asking.question, prompt, chat)
+        if asking.problem:
+            told = f"{prompt.text}\n\nYour last reply could not be used: {asking.problem}. Reply anew."
+            chat = replace(chat, messages=(Message(role="user", content=told),))
+        if asking.is_longer:
+            chat = replace(chat, max_tokens=2 * chat.max_tokens)
+
+        def read(reply: ChatReply) -> Verdict:
+            asking.note_reply(reply)
+            return self._read(lane, asking.question, prompt, reply)
+
+        tally = asking.tally(lane)
+        try:
+            return await lane.ask(
+                chat, read, calls=asking.calls, is_extra=tally.was_asked or is_hedge, is_hedge=is_hedge, sent=sent
+            )
+        finally:
+            tally.was_asked = tally.was_asked or sent.is_set()
+
+    async def _from_cache(self, asking: Asking) -> Answer | None:
+        """A verdict that was kept, by the most preferred endpoint that has one."""
+        if self._cache is None:
+            return None
+        prompt = self._render(asking.question)
+        for lane in asking.lanes:
+            key = self._key(lane, asking.question, prompt, self._chat(lane, asking.question, prompt.text))
+            verdict = await self._cache.get(key)
+            if verdict is not None and len(verdict.scores) == len(asking.question.completions):
+                self._counts["cached"] += 1
+                return Answer(
+                    verdict=verdict,
+                    failure=None,
+                    cost=0.0,
+                    origin="cached",
+                    key=key,
+                    prompt_sha256=prompt.sha256,
+                    raw="\n".join(verdict.raws),
+                )
+        return None
+
+    async def _blamed(self, answer: Answer, asking: Asking, panel: Panel, deadline: float) -> Answer:
+        """The failure, blamed on the completion where the same judge judges a harmless text in its place.
+
+        Only where the recipe penalises such completions: elsewhere the evidence, a call, would change nothing.
+        """
+        failure, question = answer.failure, asking.question
+        last_status = list(asking.failures.values())[-1].status
+        is_suspect = failure is not None and (
+            failure.kind in SUSPECT_KINDS or (failure.kind == "unavailable" and last_status == 500)
+        )
+        is_penalised = isinstance(self._config.on_completion_fault, Penalise)
+        canary = replace(question, completions=(question.reference or BENIGN_COMPLETION,))
+        if failure is None or not is_suspect or not is_penalised or len(question.completions) > 1 or canary == question:
+            return answer
+        if (panel, canary) not in self._canaries:
+            passed = (await self._answer(panel, canary, deadline)).verdict is not None
+            if len(self._canaries) < MAX_CANARIES:
+                self._canaries[panel, canary] = passed
+        if not self._canaries.get((panel, canary), False):
+            return answer
+        detail = f"{failure.detail} (a harmless text in its place was judged)"
+        return replace(answer, failure=replace(failure, fault="completion", detail=detail))
+
+    # What a question looks like to a judge, and what its reply says.
+
+    def _render(self, question: Question) -> RenderedPrompt:
+        requests = question.as_requests()
+        scale, max_chars = self._config.scale, self._config.max_input_chars
+        if question.mode == "pointwise":
+            return render_prompt(self._rubric, requests[0], low=scale.low, high=scale.high, max_input_chars=max_chars)
+        return render_comparison(
+            self._rubric, requests, mode=question.mode, low=scale.low, high=scale.high, max_input_chars=max_chars
+        )
+
+    def _chat(self, lane: Lane, question: Question, text: str) -> ChatRequest:
+        endpoint, scale = lane.endpoint, self._config.scale
+        is_structured = endpoint.structured == "json_schema"
+        return ChatRequest(
+            messages=(Message(role="user", content=text),),
+            max_tokens=self._config.max_tokens * len(question.completions),
+            temperature=endpoint.temperature,
+            seed=endpoint.seed,
+            json_schema=verdict_schema(question.mode, low=scale.low, high=scale.high) if is_structured else None,
+        )
+
+    def _key(self, lane: Lane, question: Question, prompt: RenderedPrompt, chat: ChatRequest) -> str:
+        return request_key(
+            lane.endpoint,
+            prompt_sha256=prompt.sha256,
+            chat=chat,
+            scale=self._config.scale,
+            sample_index=question.sample_index,
+        )
+
+    def _read(self, lane: Lane, question: Question, prompt: RenderedPrompt, reply: ChatReply) -> Verdict:
+        """What the reply says; InvalidVerdict where it says nothing usable."""
+        if not reply.text.strip():
+            raise InvalidVerdict("the reply holds no text", kind="empty")
+        try:
+            scores, raws = self._scores(question, prompt, reply.text)
+        except InvalidVerdict as exc:
+            if not reply.is_truncated:
+                raise
+            raise InvalidVerdict(f"the reply was cut off by its token limit; {exc}", kind="truncated") from None
+        price, usage = lane.endpoint.price, reply.usage
+        cost = (
+            price.cost(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
+            if price and usage
+            else None
+        )
+        return Verdict(scores=scores, raws=raws, endpoint=lane.label, usage=usage, cost=cost)
+
+    def _scores(
+        self, question: Question, prompt: RenderedPrompt, text: str
+    ) -> tuple[tuple[float | None, ...], tuple[str, ...]]:
+        scale = self._config.scale
+        if question.mode == "pointwise":
+            return (parse_verdict(text, nonce=prompt.nonce, low=scale.low, high=scale.high),), (text,)
+        if question.mode == "pairwise":
+            winner = parse_pair_verdict(text, nonce=prompt.nonce, ids=prompt.ids)
+            first_won = 0.5 if winner is None else float(winner == prompt.ids[0])
+            return (first_won, 1.0 - first_won), (text, text)
+        found = parse_group_verdict(text, nonce=prompt.nonce, ids=prompt.ids, low=scale.low, high=scale.high)
+        rows = [found.get(one_id) for one_id in prompt.ids]
+        return tuple(row.score if row else None for row in rows), tuple(row.raw if row else "" for row in rows)
+
+    # Bookkeeping.
+
+    def _panels(self) -> list[Panel]:
+        """Who is asked: all endpoints as stand-ins for each other, or each as a judge of its own."""
+        if not self._lanes:  # at the first batch: their clock is the event loop's
+            clock = asyncio.get_running_loop().time
+            self._lanes = tuple(
+                Lane(endpoint, self._clients[endpoint.label], self._config, clock=clock, budget=self._budget)
+                for endpoint in self._config.endpoints
+            )
+        return [(lane,) for lane in self._lanes] if self._config.ensemble else [self._lanes]
+
+    def _forget(self, panel: Panel, question: Question, flight: Flight[Answer] | None) -> None:
+        if self._flights.get((panel, question)) is flight:
+            del self._flights[panel, question]
+
+    def _combined(self, outcomes: Sequence[Outcome]) -> Outcome:
+        if self._config.ensemble is None:
+            return outcomes[0]
+        judgement = combine([outcome.judgement for outcome in outcomes], self._config.ensemble)
+        return Outcome(judgement, tuple(answer for outcome in outcomes for answer in outcome.answers))
+
+    async def _write_down(self, requests: Sequence[JudgeRequest], outcomes: Sequence[Outcome]) -> None:
+        hashes = judgement_hashes(requests, config=self._config, rubric=self._rubric)
+        for request, outcome, sha256 in zip(requests, outcomes, hashes, strict=True):
+            judgement = outcome.judgement
+            self._outcomes["scored" if isinstance(judgement, Scored) else judgement.kind] += 1
+            self._counts["completion_faults"] += not isinstance(judgement, Scored) and judgement.fault == "completion"
+            if self._audit is not None:
+                await self._audit.append(
+                    replace(_audit_record(request, outcome), judgement_sha256=sha256, rubric_sha256=self._rubric_sha256)
+                )
 
 
-@dataclass(slots=True)
-class _Trail:
-    """What has happened to one request so far."""
-
-    attempts: int = 0
-    prompt_sha256: str | None = None
-    raw: str | None = None
-    usage: Usage | None = None
-    problem: str = ""
-
-    def begin(self, prompt: RenderedPrompt) -> None:
-        self.attempts += 1
-        self.prompt_sha256 = prompt.sha256
-
-    def end(self, reply: ChatReply) -> None:
-        self.raw = reply.text
-        if reply.usage is not None:
-            self.usage = reply.usage if self.usage is None else self.usage.plus(reply.usage)
-
-    def failed(self, kind: FailureKind, detail: str, *, fault: Literal["judge", "completion"] = "judge") -> Failed:
-        return Failed(kind=kind, attempts=self.attempts, fault=fault, detail=detail[:MAX_DETAIL_CHARS])
-
-
-def _audit_record(request: JudgeRequest, judgement: Judgement, trail: _Trail, *, latency_s: float) -> AuditRecord:
+def _audit_record(request: JudgeRequest, outcome: Outcome) -> AuditRecord:
+    judgement, answers = outcome.judgement, outcome.answers
     is_scored = isinstance(judgement, Scored)
+    last = answers[-1] if answers else None
     return AuditRecord(
         id=request.id,
         criterion=request.criterion,
-        prompt_sha256=trail.prompt_sha256,
-        raw=trail.raw,
+        prompt_sha256=last.prompt_sha256 if last else None,
+        raw=judgement.raw if is_scored else last.raw if last else None,
         outcome="scored" if is_scored else judgement.kind,
         value=judgement.value if is_scored else None,
         detail="" if is_scored else judgement.detail,
         attempts=judgement.attempts,
-        usage=trail.usage,
-        latency_s=round(latency_s, 6),
+        usage=judgement.usage,
+        latency_s=round(max((answer.latency_s for answer in answers), default=0.0), 6),
         time_s=round(time.time(), 3),
+        cost=judgement.cost,
+        origin=judgement.origin if is_scored else None,
+        endpoint=judgement.endpoint if is_scored else "",
+        disagreement=judgement.disagreement if is_scored else None,
+        fault=None if is_scored else judgement.fault,
+        keys=tuple(answer.key for answer in answers if answer.key is not None),
+        calls=tuple(call for answer in answers for call in answer.calls),
     )

@@ -117,7 +117,8 @@ def test_no_more_calls_run_at_a_time_than_the_config_says_over_all_batches() -> 
     pool = JudgePool(client=client, config=make_config(concurrency=3))
 
     async def main() -> None:
-        await asyncio.gather(*(pool.judge(make_requests(*["0.005"] * 6)) for _ in range(3)))
+        batches = [[f"0.00{batch}{index}" for index in range(1, 7)] for batch in range(1, 4)]
+        await asyncio.gather(*(pool.judge(make_requests(*batch)) for batch in batches))
 
     asyncio.run(main())
     assert client.most_running == 3
@@ -254,7 +255,7 @@ def test_one_slow_try_ends_at_its_own_timeout_and_is_tried_again() -> None:
 def test_the_batch_ends_at_its_deadline_and_keeps_what_is_judged() -> None:
     pool = JudgePool(client=SlowClient(), config=make_config(deadline_s=0.3, concurrency=2))
     started = time.monotonic()
-    judgements = asyncio.run(pool.judge(make_requests("0", "30", "30", "30")))
+    judgements = asyncio.run(pool.judge(make_requests("0", "30", "31", "32")))
     assert time.monotonic() - started < 5.0
     assert isinstance(judgements[0], Scored)
     late = [one for one in judgements[1:] if isinstance(one, Failed)]
@@ -296,7 +297,7 @@ def test_cancelling_a_batch_cancels_every_call_and_leaves_no_task() -> None:
     pool = JudgePool(client=client, config=make_config())
 
     async def main() -> None:
-        batch = asyncio.create_task(pool.judge(make_requests("30", "30", "30")))
+        batch = asyncio.create_task(pool.judge(make_requests("30", "31", "32")))
         await asyncio.sleep(0.05)
         assert client.num_running == 3
         batch.cancel()

@@ -1,0 +1,312 @@
+"""One endpoint: its client and all that bounds how it is asked. A call goes out when every bound lets it, and its
+outcome teaches them. Knows no questions and no retries: the pool decides who is asked, and when."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from judges.clients.base import JudgeClient
+from judges.config import EndpointConfig, JudgeConfig
+from judges.errors import (
+    InvalidVerdict,
+    JudgeDenied,
+    JudgeError,
+    JudgeFailure,
+    JudgeOverloaded,
+    JudgeRefused,
+    JudgeRejected,
+    JudgeTimeout,
+    JudgeUnavailable,
+)
+from judges.limits.breaker import Breaker, State, Ticket
+from judges.limits.concurrency import AdaptiveLimit, Slots
+from judges.limits.latency import Latencies
+from judges.limits.rates import RateLimiter
+from judges.limits.retry_budget import RetryBudget
+from judges.seams import Budget, Reservation
+from judges.types import Call, ChatReply, ChatRequest, FailureKind, Usage
+
+Reading = TypeVar("Reading")
+
+CHARS_PER_TOKEN = 3
+"""Fewer than most texts have, so that the rate limits are rather estimated too high; usage corrects it."""
+ABSURD_USAGE = 4
+"""Usage beyond so many times the largest possible count is nonsense."""
+SICK_KINDS: frozenset[FailureKind] = frozenset({"redirect", "tls", "address", "reply_too_large"})
+"""Rejections that say something about the endpoint, not about the request."""
+
+
+class NotAdmitted(Exception):
+    """The bounds have closed while the call was waiting; nothing was sent. The pool looks for another way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneStats:
+    """What has happened at one endpoint so far, for metrics and the report."""
+
+    endpoint: str
+    """Its name."""
+    calls: int
+    """Sent."""
+    outcomes: dict[str, int]
+    """How they ended, by `Call.outcome`."""
+    extra_calls: int
+    """Of the calls, those beyond a request's first: retries and hedges."""
+    hedges: int
+    """Of the calls, second simultaneous tries."""
+    limit: int
+    """Calls that may be in flight now."""
+    limit_history: tuple[tuple[float, int], ...]
+    """(time on the event loop's clock, limit) at each change."""
+    breaker: State
+    """Whether it is asked at all."""
+    breaker_events: tuple[tuple[float, State], ...]
+    """(time, state) at each change."""
+    usage: Usage
+    """Tokens counted."""
+    unbelievable_usage: int
+    """Replies whose count of tokens was nonsense; the estimate was kept."""
+    cost: float
+    """Money known to be spent."""
+
+
+class Lane:
+    """Owns one endpoint's limits, not its client. Use: `await lane.ask(chat, read, calls=..., is_extra=False)`."""
+
+    def __init__(
+        self,
+        endpoint: EndpointConfig,
+        client: JudgeClient,
+        config: JudgeConfig,
+        *,
+        clock: Callable[[], float],
+        budget: Budget | None,
+    ) -> None:
+        self.endpoint = endpoint
+        self.label = endpoint.label
+        self._client = client
+        self._timeout_s = config.timeout_s
+        self._hedge = config.hedge
+        self._clock = clock
+        self._budget = budget
+        self._limit = _limit(endpoint, config, clock)
+        self._slots = Slots(self._limit)
+        self._rates = RateLimiter(
+            requests_per_minute=endpoint.requests_per_minute,
+            tokens_per_minute=endpoint.tokens_per_minute,
+            clock=clock,
+        )
+        self._breaker = Breaker(config.breaker, clock=clock)
+        self._retry_budget = RetryBudget(config.retry_budget, clock=clock)
+        self._latencies = Latencies()
+        self._outcomes: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._usage = Usage(prompt_tokens=0, completion_tokens=0)
+        self._cost = 0.0
+        self.denial: JudgeDenied | None = None
+        """Why nobody waits for this endpoint; None while it takes our calls."""
+
+    def ready_in_s(self, *, is_extra: bool) -> float:
+        """Seconds until it is worth a try, as far as is known now; inf where waiting does not help."""
+        budget_s = self._retry_budget.wait_s() if is_extra else 0.0
+        return max(self._breaker.wait_s(), self._rates.pause_left_s, budget_s)
+
+    def hedge_after_s(self) -> float | None:
+        """Seconds after which a call is slower than most; None where no twin is to be sent."""
+        if self._hedge is None or len(self._latencies) < self._hedge.min_calls:
+            return None
+        return self._latencies.quantile(self._hedge.quantile)
+
+    async def ask(
+        self,
+        chat: ChatRequest,
+        read: Callable[[ChatReply], Reading],
+        *,
+        calls: list[Call],
+        is_extra: bool,
+        is_hedge: bool = False,
+        sent: asyncio.Event | None = None,
+    ) -> Reading:
+        """Wait for leave, send once, read the reply.
+
+        Args:
+            chat: what to send.
+            read: makes a verdict of the reply, or raises InvalidVerdict.
+            calls: what was sent is appended, however it ends.
+            is_extra: not the request's first try here; spends the retry budget.
+            is_hedge: for the record.
+            sent: set when the call has left.
+        Raises:
+            JudgeFailure: as `JudgeClient.complete`, or as `read`.
+            NotAdmitted: nothing was sent; ask `ready_in_s` anew.
+        """
+        asked_at = self._clock()
+        tokens = sum(len(message.content) for message in chat.messages) / CHARS_PER_TOKEN + chat.max_tokens
+        await self._slots.acquire()
+        try:
+            await self._rates.acquire(tokens)
+            try:
+                ticket, reservation = self._leave(chat, is_extra=is_extra)
+            except (NotAdmitted, JudgeError):
+                self._rates.give_back(tokens)
+                raise
+            if sent is not None:
+                sent.set()
+            self._counts.update(calls=1, extra=is_extra, hedges=is_hedge)
+            sent_at = self._clock()
+            outcome: Literal["answered", "cancelled"] | FailureKind = "cancelled"
+            status: int | None = None
+            usage: Usage | None = None
+            may_be_billed = True
+            try:
+                reply = await self._complete(chat)
+                usage = self._believed(reply.usage, chat)
+                reading = read(reply)
+                outcome = "answered"
+                self._on_answer(ticket, latency_s=self._clock() - sent_at)
+                return reading
+            except JudgeFailure as exc:
+                outcome, status = exc.kind, exc.status
+                may_be_billed = usage is not None or status is None
+                self._on_failure(ticket, exc)
+                raise
+            except asyncio.CancelledError:
+                self._breaker.on_no_outcome(ticket)
+                raise
+            except Exception:
+                outcome = "client_error"
+                self._breaker.on_failure(ticket)
+                raise
+            finally:
+                if usage is not None:
+                    self._usage = self._usage.plus(usage)
+                    self._rates.true_up(tokens, usage.prompt_tokens + usage.completion_tokens)
+                elif not may_be_billed:
+                    self._rates.true_up(tokens, 0.0)
+                cost = self._settle(reservation, usage, may_be_billed=may_be_billed)
+                self._outcomes[outcome] += 1
+                calls.append(
+                    Call(
+                        endpoint=self.label,
+                        outcome=outcome,
+                        latency_s=self._clock() - sent_at,
+                        waited_s=sent_at - asked_at,
+                        is_hedge=is_hedge,
+                        status=status,
+                        cost=cost,
+                    )
+                )
+        finally:
+            self._slots.release()
+
+    def stats(self) -> LaneStats:
+        """So far."""
+        return LaneStats(
+            endpoint=self.label,
+            calls=self._counts["calls"],
+            outcomes=dict(self._outcomes),
+            extra_calls=self._counts["extra"],
+            hedges=self._counts["hedges"],
+            limit=self._limit.limit,
+            limit_history=tuple(self._limit.history),
+            breaker=self._breaker.state,
+            breaker_events=tuple(self._breaker.events),
+            usage=self._usage,
+            unbelievable_usage=self._counts["unbelievable_usage"],
+            cost=self._cost,
+        )
+
+    def _leave(self, chat: ChatRequest, *, is_extra: bool) -> tuple[Ticket, Reservation | None]:
+        """All that must be asked in the moment of sending; nothing in here waits."""
+        if self._rates.pause_left_s > 0 or (is_extra and self._retry_budget.wait_s() > 0):
+            raise NotAdmitted
+        ticket = self._breaker.admit()
+        if ticket is None:
+            raise NotAdmitted
+        try:
+            reservation = self._budget.reserve(self._upper_bound(chat)) if self._budget else None
+        except JudgeError:
+            self._breaker.on_no_outcome(ticket)
+            raise
+        if is_extra:
+            self._retry_budget.take()
+        else:
+            self._retry_budget.note_first()
+        return ticket, reservation
+
+    async def _complete(self, chat: ChatRequest) -> ChatReply:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._client.complete(chat)
+        except TimeoutError:
+            raise JudgeTimeout(f"no answer within {self._timeout_s:g} s") from None
+
+    def _on_answer(self, ticket: Ticket, *, latency_s: float) -> None:
+        self._breaker.on_success(ticket)
+        self._latencies.note(latency_s)
+        self._limit.on_success()
+        self.denial = None
+
+    def _on_failure(self, ticket: Ticket, failure: JudgeFailure) -> None:
+        if isinstance(failure, JudgeUnavailable) and failure.retry_after_s is not None:
+            self._rates.pause(failure.retry_after_s)
+        if isinstance(failure, JudgeOverloaded):
+            self._breaker.on_no_outcome(ticket)
+            self._limit.on_overload()
+        elif isinstance(failure, JudgeDenied):
+            self.denial = failure
+            self._breaker.on_denied(ticket)
+        elif isinstance(failure, InvalidVerdict | JudgeRefused | JudgeRejected) and failure.kind not in SICK_KINDS:
+            self._breaker.on_success(ticket)  # it answered: its health is not in doubt
+            self._limit.on_success()
+        else:
+            self._breaker.on_failure(ticket)
+
+    def _believed(self, usage: Usage | None, chat: ChatRequest) -> Usage | None:
+        if usage is None:
+            return None
+        is_negative = usage.prompt_tokens < 0 or usage.completion_tokens < 0
+        is_too_much = (
+            usage.prompt_tokens > ABSURD_USAGE * _prompt_bytes(chat)
+            or usage.completion_tokens > ABSURD_USAGE * chat.max_tokens
+        )
+        if is_negative or is_too_much:
+            self._counts["unbelievable_usage"] += 1
+            return None
+        return usage
+
+    def _upper_bound(self, chat: ChatRequest) -> float:
+        price = self.endpoint.price
+        assert price is not None  # the config takes no budget without every price
+        return price.cost(prompt_tokens=_prompt_bytes(chat), completion_tokens=chat.max_tokens)
+
+    def _settle(self, reservation: Reservation | None, usage: Usage | None, *, may_be_billed: bool) -> float | None:
+        cost: float | None = None
+        if self.endpoint.price is not None and usage is not None:
+            cost = self.endpoint.price.cost(
+                prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens
+            )
+        elif self.endpoint.price is not None and not may_be_billed:
+            cost = 0.0
+        if reservation is not None:
+            reservation.settle(cost)
+        self._cost += cost or 0.0
+        return cost
+
+
+def _limit(endpoint: EndpointConfig, config: JudgeConfig, clock: Callable[[], float]) -> AdaptiveLimit:
+    most = endpoint.max_concurrency or 1024
+    if isinstance(config.concurrency, int):
+        return AdaptiveLimit.fixed(min(config.concurrency, most), clock=clock)
+    bounds = config.concurrency
+    capped = {name: min(getattr(bounds, name), most) for name in ("start", "minimum", "maximum")}
+    return AdaptiveLimit(bounds.model_copy(update=capped), clock=clock)
+
+
+def _prompt_bytes(chat: ChatRequest) -> int:
+    """At least as many as a byte-level tokenizer makes tokens, with 64 a message for the chat template."""
+    return sum(len(message.content.encode("utf-8", "replace")) + 64 for message in chat.messages)

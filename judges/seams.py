@@ -1,0 +1,52 @@
+"""What a pool may be given besides its clients: a cache of verdicts, a budget, an audit. Three protocols, no code."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from judges.audit import AuditRecord
+from judges.types import Verdict
+
+
+class VerdictCache(Protocol):
+    """Keeps whole, valid verdicts. Its own failures are its own affair: it answers None, and the run goes on."""
+
+    async def get(self, key: str) -> Verdict | None:
+        """The verdict kept under the key."""
+        ...
+
+    async def put(self, key: str, verdict: Verdict) -> None:
+        """Keep a verdict; the pool gives only those in which every text has its score."""
+        ...
+
+
+class Reservation(Protocol):
+    """Money set aside for one call."""
+
+    def settle(self, cost: float | None) -> None:
+        """The call has ended and cost so much; None where that is unknown: then all that was set aside is spent."""
+        ...
+
+
+class Budget(Protocol):
+    """Caps on money. Both methods return at once."""
+
+    def reserve(self, upper_bound: float) -> Reservation:
+        """Set aside the most that a call can cost.
+
+        Raises:
+            BudgetExceeded: the caps leave less.
+        """
+        ...
+
+
+class AuditSink(Protocol):
+    """Where every judgement is written down."""
+
+    async def append(self, record: AuditRecord) -> None:
+        """Write one record.
+
+        Raises:
+            AuditFailed: it could not be written.
+        """
+        ...
