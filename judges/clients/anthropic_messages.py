@@ -53,7 +53,7 @@ class AnthropicMessagesClient:
         try:
             blocks, stop_reason = content["content"], content.get("stop_reason")
             texts = [block["text"] for block in blocks if block["type"] == "text"]
-            text = "".join(texts) if texts else None  # thinking alone is no answer
+            text = "".join(texts)  # thinking alone is no answer
         except (KeyError, TypeError, AttributeError) as exc:
             raise InvalidVerdict(f"the reply is not a message ({type(exc).__name__})", usage=usage) from None
         if stop_reason == "refusal":

@@ -1,171 +1,58 @@
-"""The HTTP client against real loopback sockets that behave badly."""
+"""OpenAI's dialect over real loopback sockets, well-behaved and not."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from email.utils import formatdate
-from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_server import Answer, FaultServer, chat, drip, echo_the_key, flood, raw, reply, reset, serving
 
-from judges.audit import AuditLog
-from judges.clients.openai_chat import MAX_REPLY_BYTES, OpenAIChatClient, retry_after_s
-from judges.config import EndpointConfig, JudgeConfig
+from judges.clients.http import MAX_REPLY_BYTES
+from judges.clients.openai_chat import OpenAIChatClient
+from judges.config import EndpointConfig
 from judges.errors import (
     InvalidVerdict,
     JudgeConfigError,
+    JudgeDenied,
     JudgeError,
+    JudgeFailure,
+    JudgeOverloaded,
     JudgeRefused,
     JudgeRejected,
     JudgeTimeout,
     JudgeUnavailable,
 )
-from judges.pool import JudgePool
-from judges.prompts import read_fences
-from judges.types import ChatReply, ChatRequest, Failed, Judgement, JudgeRequest, Message, Scored, Usage
+from judges.types import ChatReply, ChatRequest, Message, Usage
+from judges.verdicts import verdict_schema
 
 SECRET = "sk-planted-secret-0001"
+SLOW_BODY = drip(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b" ")
+SLOW_HEAD = drip(b"HTTP/1.1 200 OK\r\nX: ", b"a")
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 REQUEST = ChatRequest(messages=(Message(role="user", content="hello"),), max_tokens=5)
-Answer = Callable[[asyncio.StreamWriter, "Received"], Awaitable[None]]
-
-
-class Received:
-    """One request as the socket saw it."""
-
-    def __init__(self, head: str, body: bytes) -> None:
-        self.line, *lines = head.split("\r\n")
-        self.headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines if line)}
-        self.body = json.loads(body) if body else None
-
-
-class Server:
-    """Answers each connection's one request with the next of `answers`; the last one repeats."""
-
-    def __init__(self, answers: tuple[Answer, ...]) -> None:
-        self._answers = answers
-        self.received: list[Received] = []
-        self.url = ""
-
-    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            length = re.search(r"content-length: (\d+)", head, re.IGNORECASE)
-            body = await reader.readexactly(int(length[1])) if length else b""
-            self.received.append(Received(head, body))
-            answer = self._answers[min(len(self.received), len(self._answers)) - 1]
-            await answer(writer, self.received[-1])
-            await writer.drain()
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the client has left
-        finally:
-            writer.close()
-
-
-@asynccontextmanager
-async def serving(*answers: Answer) -> AsyncIterator[Server]:
-    server = Server(answers)
-    listener = await asyncio.start_server(server.handle, "127.0.0.1", 0)
-    server.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1"
-    try:
-        yield server
-    finally:
-        listener.close()
-        await asyncio.sleep(0.01)  # handlers whose client has left get to close their sockets
-
-
-def reply(status: int, body: Any, **headers: str) -> Answer:
-    async def answer(writer: asyncio.StreamWriter, received: Received) -> None:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(content)}", "Connection: close"]
-        lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-        writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + content)
-
-    return answer
-
-
-def chat(text: object, **choice: object) -> dict[str, Any]:
-    return {"choices": [{"message": {"content": text}, "finish_reason": "stop", **choice}]}
-
-
-def verdict(score: float) -> Answer:
-    async def answer(writer: asyncio.StreamWriter, received: Received) -> None:
-        nonce, _ = read_fences(received.body["messages"][-1]["content"])
-        await reply(200, chat(json.dumps({"nonce": nonce, "score": score})))(writer, received)
-
-    return answer
-
-
-def raw(data: bytes, *, then_wait_s: float = 0.0) -> Answer:
-    async def answer(writer: asyncio.StreamWriter, received: Received) -> None:
-        writer.write(data)
-        await writer.drain()
-        await asyncio.sleep(then_wait_s)
-
-    return answer
-
-
-async def slowloris(writer: asyncio.StreamWriter, received: Received) -> None:
-    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-    for _ in range(1000):
-        writer.write(b" ")
-        await writer.drain()
-        await asyncio.sleep(0.02)
-
-
-async def endless(writer: asyncio.StreamWriter, received: Received) -> None:
-    writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-    while True:
-        writer.write(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
-        await writer.drain()
 
 
 def endpoint(url: str, **settings: Any) -> EndpointConfig:
     return EndpointConfig(url=url, model="judge-1", **settings)
 
 
-def complete(*answers: Answer, timeout_s: float = 10.0, **settings: Any) -> tuple[ChatReply | JudgeError, Server]:
+def complete(
+    *answers: Answer, timeout_s: float = 10.0, request: ChatRequest = REQUEST, **settings: Any
+) -> tuple[ChatReply | JudgeError, FaultServer]:
     """What one call makes of the answers."""
 
-    async def main() -> tuple[ChatReply | JudgeError, Server]:
+    async def main() -> tuple[ChatReply | JudgeError, FaultServer]:
         async with serving(*answers) as server:
             client = OpenAIChatClient(endpoint(server.url, **settings), timeout_s=timeout_s)
             try:
-                return await client.complete(REQUEST), server
+                return await client.complete(request), server
             except JudgeError as exc:
                 return exc, server
             finally:
                 await client.aclose()
-
-    return asyncio.run(main())
-
-
-def judge(
-    *answers: Answer, audit_path: Path | None = None, api_key: str | None = None, **settings: Any
-) -> tuple[Judgement, Server]:
-    """What the pool makes of the answers."""
-
-    async def main() -> tuple[Judgement, Server]:
-        async with serving(*answers) as server:
-            config = JudgeConfig(
-                endpoint=endpoint(server.url, api_key=api_key), rubric="fairness", **{"backoff_s": 0.001, **settings}
-            )
-            client = OpenAIChatClient(config.endpoints[0], timeout_s=config.timeout_s)
-            audit = AuditLog(audit_path) if audit_path else None
-            request = JudgeRequest(id="p#0", question="Who?", completion="Anna", reference="Anna", criterion="fairness")
-            try:
-                (judgement,) = await JudgePool(client=client, config=config, audit=audit).judge([request])
-            finally:
-                await client.aclose()
-                if audit:
-                    audit.close()
-            return judgement, server
 
     return asyncio.run(main())
 
@@ -191,55 +78,6 @@ def test_the_key_is_sent_as_a_bearer_token(monkeypatch: pytest.MonkeyPatch) -> N
     assert server.received[0].headers["authorization"] == f"Bearer {SECRET}"
 
 
-def test_503_is_tried_again_and_then_scored() -> None:
-    judgement, server = judge(reply(503, {}), reply(503, {}), verdict(1.0))
-    assert isinstance(judgement, Scored)
-    assert (judgement.value, judgement.attempts, len(server.received)) == (1.0, 3, 3)
-
-
-@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 504, 529])
-def test_overload_and_server_errors_are_tried_again(status: int) -> None:
-    judgement, _ = judge(reply(status, {"error": "x"}), verdict(0.0))
-    assert isinstance(judgement, Scored)
-    assert (judgement.value, judgement.attempts) == (0.0, 2)
-
-
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
-def test_what_the_endpoint_will_never_take_is_not_tried_again(status: int) -> None:
-    judgement, server = judge(reply(status, {"error": {"message": "no such model"}}), verdict(1.0))
-    assert isinstance(judgement, Failed)
-    assert (judgement.kind, judgement.attempts, len(server.received)) == (
-        "too_long" if status == 413 else "rejected",
-        1,
-        1,
-    )
-    assert judgement.detail.startswith(f"HTTP {status}: ")
-    assert "no such model" in judgement.detail
-
-
-def test_an_unpaid_bill_is_not_tried_again() -> None:
-    judgement, server = judge(reply(429, {"error": {"code": "insufficient_quota"}}), verdict(1.0))
-    assert isinstance(judgement, Failed)
-    assert (judgement.kind, len(server.received)) == ("rejected", 1)
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [
-        raw(b""),
-        raw(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"),
-        raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}"),
-        raw(b"nonsense\r\n\r\n"),
-        raw(b"HTTP/1.1 200 OK\r\nX: " + b"a" * 300_000 + b"\r\n\r\n"),
-    ],
-    ids=["no answer", "short body", "bad chunk", "not http", "huge header"],
-)
-def test_a_reply_cut_off_or_garbled_on_the_way_is_tried_again(broken: Answer) -> None:
-    judgement, _ = judge(broken, verdict(1.0))
-    assert isinstance(judgement, Scored)
-    assert judgement.attempts == 2
-
-
 def test_nobody_listening_is_unavailable() -> None:
     async def main() -> None:
         async with serving(reply(200, {})) as server:
@@ -250,7 +88,7 @@ def test_nobody_listening_is_unavailable() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("silent", [raw(b"", then_wait_s=60), slowloris], ids=["silence", "a byte at a time"])
+@pytest.mark.parametrize("silent", [raw(b"", then_wait_s=60), SLOW_BODY, SLOW_HEAD], ids=["silence", "body", "head"])
 def test_the_total_time_of_a_call_ends_it_however_slowly_bytes_drip(silent: Answer) -> None:
     started = time.monotonic()
     answer, _ = complete(silent, timeout_s=0.3)
@@ -259,8 +97,9 @@ def test_the_total_time_of_a_call_ends_it_however_slowly_bytes_drip(silent: Answ
 
 
 def test_a_reply_over_the_byte_cap_is_cut_and_not_tried_again() -> None:
-    answer, _ = complete(endless)
+    answer, _ = complete(flood(CHUNKED, b"10000\r\n" + b"x" * 0x10000 + b"\r\n"))
     assert isinstance(answer, JudgeRejected)
+    assert answer.kind == "reply_too_large"
     assert str(MAX_REPLY_BYTES) in str(answer)
 
 
@@ -294,84 +133,171 @@ def test_a_proxy_in_the_environment_is_not_used(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "kind"),
     [
-        b"<html>welcome</html>",
-        b"",
-        b"[]",
-        b"null",
-        b"[" * 100_000,
-        {"choices": []},
-        {"choices": [{"message": None}]},
-        chat(None),
-        chat(""),
-        chat(["a"]),
+        (b"<html>welcome</html>", "invalid_verdict"),
+        (b"[]", "invalid_verdict"),
+        (b"null", "invalid_verdict"),
+        (b"[" * 100_000, "invalid_verdict"),
+        (b'{"choices": [], "choices": []}', "invalid_verdict"),
+        (b'{"choices": NaN}', "invalid_verdict"),
+        (b'{"choices": [{"message": {"content": "caf\xe9"}}]}', "invalid_verdict"),
+        (b'{"choices": [{"message": {"content": "\\ud83d"}}]}', "invalid_verdict"),
+        ({"choices": [{"message": None}]}, "invalid_verdict"),
+        (chat(["a"]), "invalid_verdict"),
+        (b"", "empty"),
+        ({"choices": []}, "empty"),
+        (chat(None), "empty"),
+        (chat(" \n"), "empty"),
+        ({"choices": [{"message": {"content": None, "reasoning_content": "It is"}}]}, "empty"),
+        (chat(None, finish_reason="length"), "truncated"),
     ],
     ids=repr,
 )
-def test_a_reply_without_text_is_an_invalid_verdict(body: object) -> None:
+def test_a_reply_without_text_is_no_verdict_and_says_of_which_kind(body: object, kind: str) -> None:
     answer, _ = complete(reply(200, body))
     assert isinstance(answer, InvalidVerdict)
+    assert answer.kind == kind
 
 
 @pytest.mark.parametrize(
     "body", [chat("x", finish_reason="content_filter"), {"choices": [{"message": {"content": None, "refusal": "no"}}]}]
 )
-def test_a_refusal_is_told_from_a_broken_reply(body: object) -> None:
-    answer, _ = complete(reply(200, body))
+def test_a_refusal_is_told_from_a_broken_reply_and_its_cost_is_known(body: dict[str, Any]) -> None:
+    answer, _ = complete(reply(200, {**body, "usage": {"prompt_tokens": 3, "completion_tokens": 2}}))
     assert isinstance(answer, JudgeRefused)
+    assert answer.fault == "completion"
+    assert answer.usage == Usage(prompt_tokens=3, completion_tokens=2)
 
 
-def test_malformed_verdicts_end_in_a_failure_without_a_number() -> None:
-    judgement, server = judge(reply(200, chat('{"score": 1}')))
-    assert isinstance(judgement, Failed)
-    assert (judgement.kind, judgement.attempts, len(server.received)) == ("invalid_verdict", 2, 2)
+@pytest.mark.parametrize(
+    "usage",
+    [
+        None,
+        [],
+        {"prompt_tokens": -1, "completion_tokens": 2},
+        {"prompt_tokens": 3.0, "completion_tokens": 2},
+        {"prompt_tokens": True, "completion_tokens": 2},
+        {"prompt_tokens": 10**12, "completion_tokens": 2},
+        {"prompt_tokens": 3},
+    ],
+    ids=repr,
+)
+def test_a_count_of_tokens_that_cannot_be_is_none(usage: object) -> None:
+    answer, _ = complete(reply(200, {**chat("hi"), "usage": usage}))
+    assert isinstance(answer, ChatReply)
+    assert answer.usage is None
 
 
-def test_retry_after_reaches_the_pool_from_the_header() -> None:
-    answer, _ = complete(reply(429, {}, Retry_After="7"))
-    assert isinstance(answer, JudgeUnavailable)
-    assert answer.retry_after_s == 7.0
-    judgement, server = judge(reply(429, {}, Retry_After="89"), verdict(1.0), deadline_s=20.0)
-    assert isinstance(judgement, Failed)
-    assert (judgement.kind, len(server.received)) == ("deadline", 1)
+def test_a_reply_says_what_its_rate_limit_leaves() -> None:
+    headers = {"X_RateLimit_Remaining_Requests": "7", "X_RateLimit_Remaining_Tokens": "900"}
+    answer, _ = complete(reply(200, chat("hi"), **headers))
+    assert isinstance(answer, ChatReply)
+    assert (answer.remaining_requests, answer.remaining_tokens) == (7, 900)
 
 
-def test_retry_after_is_read_as_seconds_or_a_date_and_nonsense_is_ignored() -> None:
-    assert retry_after_s("0") == 0.0
-    assert retry_after_s("1.5") == 1.5
-    in_a_minute = retry_after_s(formatdate(time.time() + 60, usegmt=True))
-    assert in_a_minute is not None
-    assert 50 < in_a_minute <= 61
-    for nonsense in (None, "", "-5", "inf", "nan", "1e400", "soon", formatdate(0, usegmt=True)):
-        assert retry_after_s(nonsense) is None
+def test_a_schema_is_sent_where_the_endpoint_is_declared_to_hold_replies_to_it() -> None:
+    schema = verdict_schema("pointwise", low=0.0, high=1.0)
+    request = ChatRequest(messages=REQUEST.messages, max_tokens=5, temperature=0.0, seed=3, json_schema=schema)
+    _, server = complete(reply(200, chat("hi")), request=request, structured="json_schema")
+    body = server.received[0].body
+    assert body["response_format"] == {
+        "type": "json_schema",
+        "json_schema": {"name": "verdict", "strict": True, "schema": schema},
+    }
+    assert (body["temperature"], body["seed"]) == (0.0, 3)
+    _, server = complete(reply(200, chat("hi")), request=request, structured="text")
+    assert "response_format" not in server.received[0].body
 
 
-async def echo_the_key(writer: asyncio.StreamWriter, received: Received) -> None:
-    await reply(401, {"error": f"bad key: {received.headers['authorization']}"})(writer, received)
+def test_the_limit_of_the_reply_goes_under_the_name_that_the_endpoint_knows() -> None:
+    _, server = complete(reply(200, chat("hi")), token_limit="max_completion_tokens")
+    assert server.received[0].body["max_completion_tokens"] == 5
+    assert "max_tokens" not in server.received[0].body
 
 
-async def say_the_key(writer: asyncio.StreamWriter, received: Received) -> None:
-    await reply(200, chat(f"your key is {received.headers['authorization']}"))(writer, received)
+def test_half_a_surrogate_pair_in_a_request_is_sent_escaped() -> None:
+    request = ChatRequest(messages=(Message(role="user", content="a\ud83d"),), max_tokens=5)
+    _, server = complete(reply(200, chat("hi")), request=request)
+    assert server.received[0].body["messages"][0]["content"] == "a\ud83d"
 
 
-@pytest.mark.parametrize("answer", [echo_the_key, say_the_key, raw(b""), slowloris])
-def test_the_key_is_in_no_judgement_no_audit_and_no_exception(
-    answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+HTTP_ERRORS: list[tuple[int, object, type[JudgeFailure], str]] = [
+    (408, {}, JudgeUnavailable, "unavailable"),
+    (409, {}, JudgeUnavailable, "unavailable"),
+    (425, {}, JudgeUnavailable, "unavailable"),
+    (429, {"error": {"code": "rate_limit_exceeded"}}, JudgeOverloaded, "overloaded"),
+    (429, {"error": {"message": "insufficient_quota, says the text"}}, JudgeOverloaded, "overloaded"),
+    (429, {"error": {"code": "insufficient_quota"}}, JudgeDenied, "quota"),
+    (429, {"error": {"type": "insufficient_quota", "code": None}}, JudgeDenied, "quota"),
+    (402, {}, JudgeDenied, "quota"),
+    (400, {"error": {"message": "Your credit balance is too low"}}, JudgeDenied, "quota"),
+    (401, {}, JudgeDenied, "auth"),
+    (403, {}, JudgeDenied, "auth"),
+    (500, b"oops", JudgeUnavailable, "unavailable"),
+    (503, {}, JudgeUnavailable, "unavailable"),
+    (529, {"error": {"type": "overloaded_error"}}, JudgeUnavailable, "unavailable"),
+    (400, {"error": {"code": "context_length_exceeded"}}, JudgeRejected, "too_long"),
+    (400, {"message": "This model's maximum context length is 100 tokens."}, JudgeRejected, "too_long"),
+    (400, {"error": {"message": "prompt is too long: 9 tokens > 8 maximum"}}, JudgeRejected, "too_long"),
+    (400, {"message": "This model's maximum context length is 4 tokens."}, JudgeRejected, "rejected"),
+    (413, b"", JudgeRejected, "too_long"),
+    (400, {"error": {"code": "content_filter"}}, JudgeRefused, "refused"),
+    (400, {"error": {"message": "no"}}, JudgeRejected, "rejected"),
+    (404, {"error": "no such model"}, JudgeRejected, "rejected"),
+    (422, b"[" * 5000, JudgeRejected, "rejected"),
+    (204, b"", JudgeRejected, "rejected"),
+]
+
+
+@pytest.mark.parametrize(("status", "body", "error", "kind"), HTTP_ERRORS, ids=lambda value: repr(value)[:60])
+def test_each_error_of_an_endpoint_is_of_a_kind_that_says_what_to_do(
+    status: int, body: object, error: type[JudgeFailure], kind: str
 ) -> None:
-    monkeypatch.setenv("TEST_JUDGE_KEY", SECRET)
-    path = tmp_path / "audit.jsonl"
-    judgement, server = judge(answer, audit_path=path, api_key="env:TEST_JUDGE_KEY", timeout_s=0.3, attempts=1)
-    assert server.received[0].headers["authorization"] == f"Bearer {SECRET}"
-    assert SECRET not in repr(judgement)
-    assert SECRET not in path.read_text()
-    error, _ = complete(answer, api_key="env:TEST_JUDGE_KEY", timeout_s=0.3)
-    if isinstance(error, JudgeError):
-        assert SECRET not in "".join(traceback.format_exception(error)) + repr(error)
+    answer, _ = complete(reply(status, body))
+    assert type(answer) is error
+    assert isinstance(answer, JudgeFailure)
+    assert (answer.kind, answer.status) == (kind, status)
+    assert answer.fault == ("completion" if kind in ("too_long", "refused") else "judge")
+    assert str(answer).startswith(f"HTTP {status}: ")
 
 
-def check(*answers: Answer, **settings: Any) -> tuple[JudgeError | None, Server]:
-    async def main() -> tuple[JudgeError | None, Server]:
+@pytest.mark.parametrize(
+    "broken",
+    [
+        raw(b""),
+        raw(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"),
+        raw(CHUNKED + b"zz\r\n{}"),
+        raw(CHUNKED + b"5\r\n{}"),
+        raw(b"nonsense\r\n\r\n"),
+        raw(b"HTTP/1.1 200 OK\r\nX: " + b"a" * 300_000 + b"\r\n\r\n"),
+        raw(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}}"),
+        flood(b"", b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" * 100),
+        flood(CHUNKED, b"1\r\n \r\n" * 10_000),
+        reset(),
+        reset(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"),
+    ],
+    ids=[
+        "end",
+        "half",
+        "chunk",
+        "cut chunk",
+        "no http",
+        "header",
+        "lengths",
+        "103s",
+        "tiny chunks",
+        "rst",
+        "rst later",
+    ],
+)
+def test_an_answer_that_is_no_whole_http_may_come_whole_at_the_next_try(broken: Answer) -> None:
+    answer, _ = complete(broken, timeout_s=5.0)
+    assert type(answer) is JudgeUnavailable
+
+
+def check(*answers: Answer, **settings: Any) -> tuple[JudgeError | None, FaultServer]:
+    async def main() -> tuple[JudgeError | None, FaultServer]:
         async with serving(*answers) as server:
             client = OpenAIChatClient(endpoint(server.url, **settings), timeout_s=1.0)
             try:
@@ -385,8 +311,8 @@ def check(*answers: Answer, **settings: Any) -> tuple[JudgeError | None, Server]
     return asyncio.run(main())
 
 
-def test_check_asks_for_the_models_and_is_content() -> None:
-    problem, server = check(reply(200, {"data": []}))
+def test_check_asks_for_the_models_and_is_content_where_ours_is_among_them() -> None:
+    problem, server = check(reply(200, {"data": [{"id": "judge-1"}]}))
     assert problem is None
     assert [one.line for one in server.received] == ["GET /v1/models HTTP/1.1"]
 
@@ -395,6 +321,15 @@ def test_check_asks_a_small_question_where_models_are_not_listed() -> None:
     problem, server = check(reply(404, {}), reply(200, chat("pong")))
     assert problem is None
     assert [one.line.split()[0] for one in server.received] == ["GET", "POST"]
+
+
+def test_check_asks_the_model_itself_where_the_list_lacks_it() -> None:
+    problem, server = check(reply(200, {"data": [{"id": "judge-2"}]}), reply(200, chat("pong")))
+    assert problem is None
+    assert len(server.received) == 2
+    problem, _ = check(reply(200, {"data": []}), reply(404, {"error": {"message": "no such model"}}))
+    assert isinstance(problem, JudgeRejected)
+    assert "endpoint.model (judge-1)" in str(problem)
 
 
 def test_check_of_a_dead_endpoint_names_the_url_and_the_remedy() -> None:
@@ -412,7 +347,7 @@ def test_check_of_a_dead_endpoint_names_the_url_and_the_remedy() -> None:
 def test_check_of_a_refused_key_names_the_variable_and_not_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEST_JUDGE_KEY", SECRET)
     problem, _ = check(echo_the_key, api_key="env:TEST_JUDGE_KEY")
-    assert isinstance(problem, JudgeRejected)
+    assert isinstance(problem, JudgeDenied)
     assert "env:TEST_JUDGE_KEY" in str(problem)
     assert SECRET not in "".join(traceback.format_exception(problem))
 
