@@ -24,11 +24,15 @@ ENTRY_POINT_GROUP = "grpo.rewards"
 BUILTIN_REWARDS: Mapping[str, str] = {
     "abstention_penalty": "rewards.abstention_penalty:AbstentionPenalty",
     "choice": "rewards.choice:Choice",
+    "code_tests": "rewards.code_tests:CodeTests",
     "exact_match": "rewards.exact_match:ExactMatch",
     "format": "rewards.format:Format",
     "grounding": "rewards.grounding:Grounding",
     "judged": "rewards.judged:Judged",
     "length": "rewards.length:Length",
+    "math_answer": "rewards.math_answer:MathAnswer",
+    "regions": "rewards.regions:Regions",
+    "reward_model": "rewards.reward_model:RewardModel",
 }
 
 Model = TypeVar("Model", bound=BaseModel)
