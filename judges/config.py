@@ -42,9 +42,9 @@ class EndpointConfig(StrictModel):
     """Base URL up to /v1, or env:NAME. Off this machine it must be https."""
     model: str = Field(min_length=1)
     """The model's name, as the server knows it."""
-    name: str | None = Field(None, min_length=1)
+    name: str | None = Field(default=None, min_length=1)
     """What metrics and the audit call it; None takes the model's name."""
-    dialect: str = Field("openai_chat", min_length=1)
+    dialect: str = Field(default="openai_chat", min_length=1)
     """"openai_chat", "anthropic_messages", an entry point of group `grpo.judges`, or `package.module:name`."""
     api_key: str | None = None
     """env:NAME, and nothing else; None sends no key."""
@@ -54,17 +54,17 @@ class EndpointConfig(StrictModel):
     """A PEM file with the authority that has signed the endpoint's certificate; None trusts the public authorities."""
     token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """What the "openai_chat" dialect calls the reply's limit here; OpenAI's reasoning models take the second only."""
-    requests_per_minute: float | None = Field(None, gt=0)
+    requests_per_minute: float | None = Field(default=None, gt=0)
     """What the endpoint allows; None knows no limit but the 429s."""
-    tokens_per_minute: float | None = Field(None, gt=0)
+    tokens_per_minute: float | None = Field(default=None, gt=0)
     """What the endpoint allows, prompt and reply together."""
-    max_concurrency: int | None = Field(None, ge=1, le=1024)
+    max_concurrency: int | None = Field(default=None, ge=1, le=1024)
     """Most calls in flight here, whatever `concurrency` says."""
     price: PriceConfig | None = None
     """None knows no price: costs are then unknown, and a budget is refused."""
     structured: Literal["text", "json_schema"] = "text"
     """"json_schema" asks the server to hold the reply to a schema; "text" asks in words. Both are checked alike."""
-    temperature: float | None = Field(None, ge=0)
+    temperature: float | None = Field(default=None, ge=0)
     """None is not sent; some models take none."""
     seed: int | None = None
     """None is not sent."""
@@ -139,13 +139,13 @@ class ScaleConfig(StrictModel):
 class AdaptiveConcurrency(StrictModel):
     """Calls in flight, found out: doubles until the first 429, then x0.8 a spell of them and +5% a clean round."""
 
-    start: int = Field(8, ge=1, le=1024)
+    start: int = Field(default=8, ge=1, le=1024)
     """Calls in flight at first."""
-    minimum: int = Field(1, ge=1, le=1024)
+    minimum: int = Field(default=1, ge=1, le=1024)
     """Never fewer."""
-    maximum: int = Field(64, ge=1, le=1024)
+    maximum: int = Field(default=64, ge=1, le=1024)
     """Never more."""
-    cooldown_s: float = Field(15.0, ge=0)
+    cooldown_s: float = Field(default=15.0, ge=0)
     """After a cut, seconds in which further 429s belong to the same spell and successes count for nothing."""
 
     @model_validator(mode="after")
@@ -158,33 +158,33 @@ class AdaptiveConcurrency(StrictModel):
 class RetryBudgetConfig(StrictModel):
     """How many tries beyond the first an endpoint gets, so that an outage is not answered with a storm."""
 
-    share: float = Field(0.1, ge=0, le=1)
+    share: float = Field(default=0.1, ge=0, le=1)
     """Extra tries per first try, within the window."""
-    floor: int = Field(10, ge=0)
+    floor: int = Field(default=10, ge=0)
     """Extra tries that the window always allows."""
-    window_s: float = Field(60.0, gt=0)
+    window_s: float = Field(default=60.0, gt=0)
     """Seconds looked back upon."""
 
 
 class BreakerConfig(StrictModel):
     """When an endpoint is left alone for a while. 429s do not count: it is healthy, but busy."""
 
-    failure_share: float = Field(0.5, gt=0, le=1)
+    failure_share: float = Field(default=0.5, gt=0, le=1)
     """Opens at this share of failures,"""
-    min_calls: int = Field(10, ge=1)
+    min_calls: int = Field(default=10, ge=1)
     """among at least so many calls,"""
-    window_s: float = Field(30.0, gt=0)
+    window_s: float = Field(default=30.0, gt=0)
     """within so many seconds."""
-    open_s: float = Field(5.0, gt=0)
+    open_s: float = Field(default=5.0, gt=0)
     """Seconds until one call may probe it; doubles with each failed probe, up to eightfold."""
 
 
 class HedgeConfig(StrictModel):
     """A twin for a call that is slower than most: the first answer counts, the other is cancelled."""
 
-    quantile: float = Field(0.95, gt=0, lt=1)
+    quantile: float = Field(default=0.95, gt=0, lt=1)
     """The twin starts when the call has taken longer than this share of the endpoint's last 200."""
-    min_calls: int = Field(20, ge=1)
+    min_calls: int = Field(default=20, ge=1)
     """Answered calls before the quantile is trusted."""
 
 
@@ -195,16 +195,16 @@ class EnsembleConfig(StrictModel):
     """Judges that must give a verdict; with fewer, it is missing."""
     reduce: Literal["mean", "median", "min", "majority"] = "mean"
     """How the verdicts become one. "majority": what more than half of those who answered gave, else missing."""
-    max_disagreement: float | None = Field(None, ge=0)
+    max_disagreement: float | None = Field(default=None, ge=0)
     """Largest standard deviation among the judges; above it the verdict is missing."""
 
 
 class BudgetConfig(StrictModel):
     """Caps on money. At a cap nothing more is asked, and what is not judged has no verdict."""
 
-    per_run: float | None = Field(None, gt=0)
+    per_run: float | None = Field(default=None, gt=0)
     """For the whole run, resumed parts included."""
-    per_step: float | None = Field(None, gt=0)
+    per_step: float | None = Field(default=None, gt=0)
     """For one training step."""
 
 
@@ -220,7 +220,7 @@ class GroupwiseMode(StrictModel):
     type: Literal["groupwise"] = "groupwise"
     permutations: Literal[1, 2] = 2
     """Orders asked for; the second is the first reversed, and the scores are averaged."""
-    completions_per_call: int = Field(16, ge=2)
+    completions_per_call: int = Field(default=16, ge=2)
     """A larger group is split over several calls; the first of its (shuffled) completions stands in all of them."""
     seed: int = 0
     """Shuffles the completions, together with their texts: the same group comes in the same order."""
@@ -230,7 +230,7 @@ class PairwiseMode(StrictModel):
     """Two completions a call, in both orders. A judge that contradicts itself has said "a tie"."""
 
     type: Literal["pairwise"] = "pairwise"
-    opponents: int | None = Field(None, ge=1)
+    opponents: int | None = Field(default=None, ge=1)
     """Completions that each is compared with, around a shuffled ring on each side; None compares all with all."""
     seed: int = 0
     """Shuffles the ring."""
@@ -255,15 +255,15 @@ class JudgeConfig(StrictModel):
     """A built-in rubric's name ("fairness", "grounding"), or a path to a template (has a "/" or ends in .txt)."""
     mode: ModeConfig = PointwiseMode()
     """How many completions a call sees: pointwise, groupwise or pairwise; a bare name takes the mode's defaults."""
-    concurrency: int | AdaptiveConcurrency = Field(AdaptiveConcurrency())
+    concurrency: int | AdaptiveConcurrency = AdaptiveConcurrency()
     """Calls in flight at a time and endpoint: a number fixes them, `{start, minimum, maximum}` lets them adapt."""
-    timeout_s: float = Field(30.0, gt=0)
+    timeout_s: float = Field(default=30.0, gt=0)
     """Seconds for one try, from connecting to the last byte."""
-    deadline_s: float = Field(120.0, gt=0)
+    deadline_s: float = Field(default=120.0, gt=0)
     """Seconds for one batch, waiting and retries included; what is not judged by then is Failed("deadline")."""
-    attempts: int = Field(4, ge=1, le=20)
+    attempts: int = Field(default=4, ge=1, le=20)
     """Tries while the judge is unreachable or overloaded. An invalid verdict has one more try of its own."""
-    backoff_s: float = Field(0.5, gt=0, le=20)
+    backoff_s: float = Field(default=0.5, gt=0, le=20)
     """Longest wait before the second try; doubles with each. The wait is drawn between 0 and that (full jitter)."""
     retry_budget: RetryBudgetConfig = RetryBudgetConfig()
     """Extra tries each endpoint gets, over all requests."""
@@ -273,16 +273,16 @@ class JudgeConfig(StrictModel):
     """None never sends a twin."""
     ensemble: EnsembleConfig | None = None
     """None asks one judge, and the next endpoint where the first cannot be had."""
-    max_tokens: int = Field(512, ge=1)
+    max_tokens: int = Field(default=512, ge=1)
     """Most tokens of a reply about one completion; calls about several have as many times that."""
-    max_input_chars: int = Field(8000, ge=200)
+    max_input_chars: int = Field(default=8000, ge=200)
     """A question, reference or completion longer than this loses its middle, with a mark where it was cut."""
     scale: ScaleConfig = ScaleConfig()
     """The numbers a verdict may have."""
     on_completion_fault: Literal["mask"] | Penalise | None = None
     """What a completion gets that makes a healthy judge fail (too long, refused): `mask` leaves it without a verdict,
     `{penalise: -1}` gives it that score. Where the recipe does not choose, it has no verdict, and that is reported."""
-    cache: str | None = Field(None, min_length=1)
+    cache: str | None = Field(default=None, min_length=1)
     """File that keeps verdicts between runs; None keeps none."""
     budget: BudgetConfig | None = None
     """Caps on money; needs every endpoint's price."""

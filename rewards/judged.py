@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +11,48 @@ from pydantic import ValidationError
 
 from judges.audit import AuditLog
 from judges.clients.base import JudgeClient
-from judges.config import JudgeConfig
+from judges.config import JudgeConfig, Penalise
+from judges.dialects import build_client
 from judges.errors import AuditFailed, JudgeConfigError, JudgeError
-from judges.pool import JudgePool
+from judges.pool import JudgePool, PoolStats
 from judges.prompts import is_rubric_path, load_rubric
+from judges.seams import Budget, VerdictCache
 from judges.types import Judgement, JudgeRequest, Scored
 from rewards.base import RewardContext
 from rewards.errors import RewardConfigError, RewardError, RewardUnavailable
+from rewards.registry import make_local_module_importable
 from rewards.types import RewardInput, Score
 
 MAX_REASON_CHARS = 200
 
 
 class Judged:
-    """Owns a judge pool, its HTTP client and its audit; `aclose()` lets go of them.
+    """Owns a judge pool, its clients and its audit; `aclose()` lets go of them.
 
-    Connections belong to the event loop that opened them, so a new loop gets a new pool. A client of yours stays yours.
+    Connections belong to the event loop that opened them, so a new loop gets a new pool. What you hand in stays yours.
     """
 
     def __init__(
-        self, config: JudgeConfig, *, audit_path: Path | None = None, client: JudgeClient | None = None
+        self,
+        config: JudgeConfig,
+        *,
+        audit_path: Path | None = None,
+        client: JudgeClient | Sequence[JudgeClient] | None = None,
+        cache: VerdictCache | None = None,
+        budget: Budget | None = None,
     ) -> None:
+        """Take a client for each endpoint (or one for all) instead of the dialects' own."""
         try:
             self._rubric = load_rubric(config.rubric)
         except JudgeConfigError as exc:
             raise RewardConfigError(f"reward 'judged': {exc}") from exc
         self._config = config
         self._given_client = client
+        self._cache = cache
+        self._budget = budget
         self._audit = AuditLog(audit_path) if audit_path is not None else None
         self._pool: JudgePool | None = None
-        self._client: JudgeClient | None = None
+        self._clients: list[JudgeClient] = []  # those we have built
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
@@ -60,6 +72,8 @@ class Judged:
             raise RewardConfigError(f"reward 'judged': {problems}.") from None
         if is_rubric_path(config.rubric):
             config = config.model_copy(update={"rubric": str(context.base_dir / config.rubric)})
+        for endpoint in config.endpoints:
+            make_local_module_importable(endpoint.dialect.partition(":")[0], context.base_dir)
         return cls(config, audit_path=context.audit_path)
 
     async def check(self) -> None:
@@ -69,19 +83,21 @@ class Judged:
             RewardConfigError: a secret or the URL is missing or wrong.
             RewardUnavailable: nobody answers at the URL, or somebody who is no judge; the message says what to do.
         """
-        self._pool_of_this_loop()
-        check = getattr(self._client, "check", None)
-        if check is None:  # a client of the caller's own need not have one
-            return
         try:
-            await check()
+            self._pool_of_this_loop()
+            for client in self._clients or _listed(self._given_client):
+                check = getattr(client, "check", None)
+                if check is not None:  # a client of somebody's own need not have one
+                    await check()
         except JudgeConfigError as exc:
             raise RewardConfigError(f"reward 'judged': {exc}") from exc
         except JudgeError as exc:
             raise RewardUnavailable(f"reward 'judged': {exc}") from exc
 
     async def score(self, inputs: list[RewardInput]) -> list[Score]:
-        """One Score per input; None, with the cause, where the judge gave no verdict.
+        """One Score per input, a whole group at a time; None, with the cause, where the judge gave no verdict.
+
+        A completion that makes a healthy judge fail gets the recipe's penalty, if the recipe names one.
 
         Raises:
             RewardConfigError: a secret or the URL is missing or wrong.
@@ -103,13 +119,17 @@ class Judged:
             raise RewardConfigError(f"reward 'judged': {exc}") from exc
         except AuditFailed as exc:
             raise RewardError(f"reward 'judged': {exc}") from exc
-        return [_score_of(judgement) for judgement in judgements]
+        return [self._score_of(judgement) for judgement in judgements]
+
+    def stats(self) -> PoolStats | None:
+        """What the judges were asked and how they fared; None before the first batch."""
+        return self._pool.stats() if self._pool else None
 
     async def aclose(self) -> None:
         """Close what this reward has opened."""
-        client, self._client, self._pool, self._loop = self._client, None, None, None
+        clients, self._clients, self._pool, self._loop = self._clients, [], None, None
         try:
-            if client is not None and client is not self._given_client:
+            for client in clients:
                 await client.aclose()
         finally:
             if self._audit is not None:
@@ -118,19 +138,34 @@ class Judged:
     def _pool_of_this_loop(self) -> JudgePool:
         loop = asyncio.get_running_loop()
         if self._pool is None or self._loop is not loop:
-            self._client = self._given_client or _http_client(self._config)
-            self._pool = JudgePool(client=self._client, config=self._config, rubric=self._rubric, audit=self._audit)
+            config = self._config
+            if self._given_client is None:
+                self._clients = [build_client(one, timeout_s=config.timeout_s) for one in config.endpoints]
+            self._pool = JudgePool(
+                client=self._given_client or self._clients,
+                config=config,
+                rubric=self._rubric,
+                audit=self._audit,
+                cache=self._cache,
+                budget=self._budget,
+            )
             self._loop = loop
         return self._pool
 
+    def _score_of(self, judgement: Judgement) -> Score:
+        if isinstance(judgement, Scored):
+            return Score(value=judgement.value, reason=" ".join(judgement.raw.split())[:MAX_REASON_CHARS])
+        cause = f"judge failed: {judgement.kind}: {judgement.detail}"
+        if judgement.fault == "judge":
+            return Score(value=None, reason=cause)
+        choice = self._config.on_completion_fault
+        if isinstance(choice, Penalise):
+            return Score(value=choice.penalise, reason=f"penalised by the recipe (on_completion_fault): {cause}")
+        hint = "" if choice == "mask" else "; on_completion_fault is not set, so that it has no score"
+        return Score(value=None, reason=f"the completion made the {cause}{hint}")
 
-def _http_client(config: JudgeConfig) -> JudgeClient:
-    from judges.clients.openai_chat import OpenAIChatClient  # late: httpx is not needed to read a recipe
 
-    return OpenAIChatClient(config.endpoints[0], timeout_s=config.timeout_s)
-
-
-def _score_of(judgement: Judgement) -> Score:
-    if isinstance(judgement, Scored):
-        return Score(value=judgement.value, reason=" ".join(judgement.raw.split())[:MAX_REASON_CHARS])
-    return Score(value=None, reason=f"judge failed: {judgement.kind}: {judgement.detail}")
+def _listed(client: JudgeClient | Sequence[JudgeClient] | None) -> list[JudgeClient]:
+    if client is None:
+        return []
+    return [client] if isinstance(client, JudgeClient) else list(client)

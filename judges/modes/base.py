@@ -123,7 +123,7 @@ def outcome_of(parts: Sequence[Part], value: float | None) -> Outcome:
         failure = next(answer.failure for answer in answers if answer.failure)
         return Outcome(replace(failure, attempts=attempts, usage=usage, cost=cost), tuple(answers))
     verdicts = [(answer.verdict, part.row) for part, answer in zip(parts, answers, strict=True) if answer.verdict]
-    origins = {answer.origin for answer in answers}
+    origins: set[Origin] = {answer.origin for answer in answers}
     judgement = Scored(
         value=value,
         raw="\n".join(verdict.raws[row] for verdict, row in verdicts),
