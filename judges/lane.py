@@ -150,8 +150,10 @@ class Lane:
         try:
             await self._rates.acquire(tokens)
             try:
+                if self._budget is not None:
+                    await self._budget.wait_for_room(self._upper_bound(chat))
                 ticket, reservation = self._leave(chat, is_extra=is_extra)
-            except (NotAdmitted, JudgeError):
+            except BaseException:  # a cancelled wait sends nothing either
                 self._rates.give_back(tokens)
                 raise
             if sent is not None:

@@ -29,10 +29,15 @@ class Reservation(Protocol):
 
 
 class Budget(Protocol):
-    """Caps on money. Both methods return at once."""
+    """Caps on money."""
+
+    async def wait_for_room(self, upper_bound: float) -> None:
+        """Return at once where so much can be set aside, or where it cannot be even when all calls have ended; else
+        wait for calls in flight to end. What they leave of their upper bounds may be enough."""
+        ...
 
     def reserve(self, upper_bound: float) -> Reservation:
-        """Set aside the most that a call can cost.
+        """Set aside the most that a call can cost, at once.
 
         Raises:
             BudgetExceeded: the caps leave less.
