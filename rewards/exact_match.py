@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
-from rewards.config import StrictModel
+from rewards.answer_text import ReadsAnswer
 from rewards.types import RewardInput, Score
 
 _OPENING = "\"'“‘`*"
 _CLOSING = "\"'”’`*.,;:!?"  # no opening signs among them: "-5" and ".5" are not "5"
 
 
-class ExactMatch(StrictModel):
-    """1 where the whole completion equals the reference, else 0."""
+class ExactMatch(ReadsAnswer):
+    """1 where the whole completion (or its answer tag's inside) equals the reference, else 0.
+
+    `meta["aliases"]`, where present, lists other spellings of the reference.
+    """
 
     ignore_case: bool = True
     """Compare without regard to upper and lower case."""
@@ -24,15 +28,25 @@ class ExactMatch(StrictModel):
         return [self._score_one(one) for one in inputs]
 
     def _score_one(self, one: RewardInput) -> Score:
-        if one.reference is None:
+        if one.reference is None or not one.reference.strip():
             return Score(value=None, reason="the prompt has no reference")
-        is_match = self._canonical(one.completion) == self._canonical(one.reference)
-        if is_match:
+        answer = self.answer_in(one.completion)
+        if answer is None:
+            return Score(value=0.0, reason=self.no_answer)
+        if not answer.strip():
+            return Score(value=0.0, reason="empty completion")
+        accepted = {self._canonical(text) for text in (one.reference, *_strings(one.meta.get("aliases")))}
+        if self._canonical(answer) in accepted:
             return Score(value=1.0, reason="equals the reference")
-        return Score(value=0.0, reason="differs from the reference" if one.completion.strip() else "empty completion")
+        return Score(value=0.0, reason="differs from the reference")
 
     def _canonical(self, text: str) -> str:
         canonical = " ".join(unicodedata.normalize("NFC", text).split())
         if self.ignore_punctuation:
-            canonical = canonical.lstrip(_OPENING).rstrip(_CLOSING).strip()
+            # "?" stripped of its punctuation would equal "!": what is nothing else is compared as it is
+            canonical = canonical.lstrip(_OPENING).rstrip(_CLOSING).strip() or canonical
         return canonical.casefold() if self.ignore_case else canonical
+
+
+def _strings(value: object) -> Sequence[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list | tuple) else []

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pydantic import Field
 
 from rewards.abstention import is_abstention, without_abstentions
-from rewards.config import StrictModel
+from rewards.answer_text import ReadsAnswer
 from rewards.mentions import is_hedged, mentioned, normalized
 from rewards.types import RewardInput, Score
 
@@ -32,7 +33,7 @@ _EMPTY_WORDS = """
     """
 
 
-class Grounding(StrictModel):
+class Grounding(ReadsAnswer):
     """1 for the right answer and nothing that contradicts it; 0 otherwise."""
 
     max_words: int | None = Field(None, gt=0)
@@ -40,7 +41,15 @@ class Grounding(StrictModel):
 
     async def score(self, inputs: list[RewardInput]) -> list[Score]:
         """One Score per completion; missing where the prompt has no reference."""
-        return [score_grounding(one, max_words=self.max_words) for one in inputs]
+        return [self._score_one(one) for one in inputs]
+
+    def _score_one(self, one: RewardInput) -> Score:
+        if one.reference is None or not one.reference.strip():
+            return Score(value=None, reason="the prompt has no reference")
+        answer = self.answer_in(one.completion)
+        if answer is None:
+            return Score(value=0.0, reason=self.no_answer)
+        return score_grounding(replace(one, completion=answer), max_words=self.max_words)
 
 
 def score_grounding(one: RewardInput, *, max_words: int | None = None) -> Score:

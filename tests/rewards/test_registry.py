@@ -87,7 +87,7 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all_built_ins():
         ("length", {"target_tokens": 3, "limit_tokens": 3}, "limit_tokens (3) must be above target_tokens (3)"),
         ("format", {}, "nothing is asked for"),
         ("format", {"pattern": "(("}, "not a regular expression"),
-        ("choice", {"strict": True}, "no param 'strict'; it has: none"),
+        ("choice", {"strict": True}, "no param 'strict'; it has: answer_tag, letters"),
         ("exact_match", {"ignore_case": 1}, "param 'ignore_case' is 1"),
         ("grounding", {"max_words": 0}, "greater than 0"),
     ],

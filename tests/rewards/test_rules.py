@@ -246,3 +246,80 @@ def test_abstaining_costs_1_exactly_where_there_is_an_answer(completion: str, re
 
 def test_without_a_reference_the_abstention_penalty_is_missing_not_0() -> None:
     assert score(AbstentionPenalty(), "unknown").value is None
+
+
+LETTERED = ["a cat", "The dog", "3", "Can't be determined"]
+
+
+@pytest.mark.parametrize(
+    ("completion", "given"),
+    [
+        ("B", "B"),
+        (" (B) ", "B"),
+        ("**B**", "B"),
+        ("B.", "B"),
+        ("B) The dog", "B"),
+        ("B. The dog", "B"),
+        ("The dog", "B"),
+        ("The answer is B.", "B"),
+        ("The answer is (B).", "B"),
+        ("Answer: **B**", "B"),
+        (r"\boxed{B}", "B"),
+        (r"So it is $\boxed{\text{B}}$.", "B"),
+        ("I choose option B", "B"),
+        ("A", "A"),
+        ("A cat", "A"),
+        ("3", "C"),
+        ("The answer is D", "D"),
+        ("It cannot be determined.", "D"),
+        ("Answer: A dog, I think", "B"),  # an article, and no choice A
+        ("The answer is A, or B: (B)", None),
+        ("B) a cat", None),  # letter and text disagree
+        ("(E)", None),
+        ("b", None),
+        ("Because.", None),
+    ],
+)
+def test_a_letter_stands_for_its_choice_where_the_recipe_says_so(completion, given):
+    for letter, text in zip("ABCD", LETTERED, strict=True):
+        value = float(letter == given)
+        assert score(Choice(letters=True), completion, reference=letter, choices=LETTERED).value == value
+        assert score(Choice(letters=True), completion, reference=text, choices=LETTERED).value == value
+
+
+def test_without_letters_a_letter_is_no_choice():
+    assert score(Choice(), "B", reference="The dog", choices=LETTERED).value == 0.0
+    assert score(Choice(), "B", reference="B", choices=LETTERED).value is None
+    assert score(Choice(letters=True), "B", reference="E", choices=LETTERED).value is None
+
+
+@pytest.mark.parametrize("reward", [Choice(), ExactMatch(), Grounding()], ids=["choice", "exact_match", "grounding"])
+def test_thoughts_are_not_the_answer(reward):
+    def value(text: str) -> float | None:
+        return score(reward, text, reference="Anna", choices=PEOPLE).value
+
+    assert value("<think>Ben? Maybe. It is unknown.</think>\nAnna") == 1.0
+    assert value("It was Ben.</think>Anna") == 1.0
+    assert value("<think>Anna</think>Ben") == 0.0
+    assert value("<think>Anna") == 0.0
+
+
+@pytest.mark.parametrize("reward", [Choice, ExactMatch, Grounding])
+def test_only_the_answer_tag_is_read_where_one_is_asked_for(reward):
+    tagged = reward(answer_tag="answer")
+    assert score(tagged, "Ben? No. <answer> Anna </answer>", reference="Anna", choices=PEOPLE).value == 1.0
+    untagged = score(tagged, "Anna", reference="Anna", choices=PEOPLE)
+    assert (untagged.value, untagged.reason) == (0.0, "no <answer>...</answer>")
+    assert score(tagged, "Anna", choices=PEOPLE).value is None
+
+
+def test_exact_match_compares_punctuation_where_there_is_nothing_else():
+    assert score(ExactMatch(), "!", reference="?").value == 0.0
+    assert score(ExactMatch(), "?", reference="?").value == 1.0
+    assert score(ExactMatch(), "", reference="?").value == 0.0
+    assert score(ExactMatch(), "", reference=" ").value is None
+
+
+def test_exact_match_accepts_aliases():
+    assert score(ExactMatch(), "The USA.", reference="United States", aliases=["the USA"]).value == 1.0
+    assert score(ExactMatch(), "USSR", reference="United States", aliases=["the USA"]).value == 0.0
