@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -39,8 +39,9 @@ def build_client(endpoint: EndpointConfig, *, timeout_s: float) -> JudgeClient:
         )
     try:
         takes_endpoint = bool(inspect.signature(target).parameters)
-        build: Callable[..., Any] = target
-        client = build(endpoint, timeout_s=timeout_s) if takes_endpoint else build()
+        arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((endpoint,), {"timeout_s": timeout_s})
+        positional, named = arguments if takes_endpoint else ((), {})
+        client = target(*positional, **named)
     except JudgeError:
         raise
     except Exception as exc:

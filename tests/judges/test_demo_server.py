@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 
 from judges.clients.openai_chat import OpenAIChatClient
-from judges.config import EndpointConfig, JudgeConfig
+from judges.config import EndpointConfig, JudgeConfig, RetryBudgetConfig
 from judges.demo_grading import grade
 from judges.demo_server import DemoServer, serve
 from judges.pool import JudgePool
@@ -26,10 +26,12 @@ SCENE = (
 FACTS = "The lamp is blue. The chair is red. The box holds three coins. What colour is the lamp?"
 FACTS_WITHOUT = "The lamp is blue. The chair is red. What colour is the door?"
 
+ALL_RETRIES = RetryBudgetConfig(share=1.0, floor=1000)
+
 
 def judge(url: str, completions: list[str], *, reference: str = "Anna", rubric: str = "fairness") -> list[Judgement]:
     endpoint = EndpointConfig(url=url, model="demo-judge")
-    config = JudgeConfig(endpoint=endpoint, rubric=rubric, backoff_s=0.001, concurrency=16)
+    config = JudgeConfig(endpoint=endpoint, rubric=rubric, backoff_s=0.001, concurrency=16, retry_budget=ALL_RETRIES)
     requests = [
         JudgeRequest(id=str(i), question=SCENE, completion=completion, reference=reference, criterion=rubric)
         for i, completion in enumerate(completions)
