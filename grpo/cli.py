@@ -89,14 +89,12 @@ def evaluate(
 ) -> None:
     """Score a run's newest checkpoint, or a model, on held-out prompts."""
     from grpo.diagnostics.display import make_display
-    from grpo.errors import ConfigError
     from grpo.evaluation_run import evaluate_target
     from grpo.runtime.launch import start_missing_ranks
 
     start_missing_ranks()
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"--json {json_file.absolute()}: its folder does not exist. Make it, or name another file.")
+    _check_writable("--json", json_file)
     with make_display({}, {}) as display:
         result = evaluate_target(target, recipe=recipe, overrides=overrides or [])
         if not _is_main():
@@ -107,11 +105,54 @@ def evaluate(
 
 
 @app.command()
+def score(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file: its objectives are used.")],
+    completions: Annotated[
+        Path, typer.Argument(help="JSON lines with prompt and completion, such as a run's completions.jsonl.")
+    ],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Write every line with its verdicts to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the means to this file.")] = None,
+    audit: Annotated[Path | None, typer.Option(help="Append what judges were asked and answered to this file.")] = None,
+    eval_rewards: Annotated[bool, typer.Option(help="Ask the objectives' eval_rewards.")] = False,
+) -> None:
+    """Score a file of completions by a recipe's objectives. Trains nothing."""
+    from grpo.diagnostics.score_tables import show_scores
+    from grpo.recipe_loader import load_recipe
+    from grpo.score_file import min_valid_shortage, score_file, summarise_scores, write_scores
+
+    config = load_recipe(_recipe_of(recipe), overrides or [])
+    for option, path in (("--out", out), ("--json", json_file), ("--audit", audit)):
+        _check_writable(option, path)
+    rows = score_file(config, completions.expanduser().absolute(), for_evaluation=eval_rewards, audit_path=audit)
+    summary = summarise_scores(rows)
+    if out is not None:
+        write_scores(out, rows)
+    if json_file is not None:
+        json_file.write_text(json.dumps(summary, indent=1, allow_nan=False))
+    show_scores(summary)
+    if short := min_valid_shortage(summary, config):
+        print(f"error: {short}", file=sys.stderr)
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Write a run's report.html again."""
     from grpo.diagnostics.report import write_report
 
     typer.echo(str(write_report(run.expanduser().absolute())))
+
+
+def _check_writable(option: str, path: Path | None) -> None:
+    """Before anything is computed: an hour's figures must have where to go."""
+    if path is None:
+        return
+    from grpo.errors import ConfigError
+
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
+        raise ConfigError(f"{option} {path.absolute()} {what}. Name a file in a folder that exists.")
 
 
 def _recipe_of(name: str) -> str:

@@ -179,6 +179,7 @@ def _completion_rows(
             "prompt": group.rollout.prompt.messages[-1].content,
             "reference": group.rollout.prompt.reference,
             "kind": group.rollout.prompt.meta.get("kind"),
+            "meta": dict(group.rollout.prompt.meta),
             "index": index,
             "completion": completion.text,
             "finish_reason": completion.finish_reason,

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from grpo import metrics as names
 from grpo.diagnostics.printable import printable
+from grpo.diagnostics.score_tables import show_bbq
 
 Band = tuple[float, float]
 Row = Mapping[str, Any]
@@ -113,6 +114,8 @@ class _Printed:
         self._stop()
         if eval and (eval.get("before") or eval.get("after")):
             self._console.print(self._held_out_table(eval))
+        if eval and eval.get("bbq"):
+            show_bbq(eval["bbq"], self._console)
         if examples:
             self._console.print(self._examples_table(examples[:_EXAMPLES_SHOWN]))
         for name, path in paths:
