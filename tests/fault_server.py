@@ -38,8 +38,9 @@ class Received:
 class FaultServer:
     """Owns what it has received, and how many connections came."""
 
-    def __init__(self, answers: tuple[Answer, ...]) -> None:
+    def __init__(self, answers: tuple[Answer, ...], greeting: bytes = b"") -> None:
         self._answers = answers
+        self._greeting = greeting
         self.received: list[Received] = []
         self.num_connections = 0
         self.url = ""
@@ -47,6 +48,11 @@ class FaultServer:
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
         try:
+            if self._greeting:
+                writer.write(self._greeting)
+                await writer.drain()
+                await reader.read(1)  # a close before the client has spoken could overtake the greeting
+                return
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             length = re.search(r"content-length: (\d+)", head, re.IGNORECASE)
             body = await reader.readexactly(int(length[1])) if length else b""
@@ -62,10 +68,10 @@ class FaultServer:
 
 @asynccontextmanager
 async def serving(
-    *answers: Answer, ssl_context: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+    *answers: Answer, ssl_context: ssl.SSLContext | None = None, greeting: bytes = b""
 ) -> AsyncIterator[FaultServer]:
-    """The server for as long as the block runs; its URL names `host`."""
-    server = FaultServer(answers)
+    """The server for as long as the block runs. With a greeting it sends that to whoever connects, and nothing else."""
+    server = FaultServer(answers, greeting)
     tasks: set[asyncio.Task[None]] = set()
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -75,7 +81,7 @@ async def serving(
 
     listener = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=ssl_context)
     port = listener.sockets[0].getsockname()[1]
-    server.url = f"{'https' if ssl_context else 'http'}://{host}:{port}/v1"
+    server.url = f"{'https' if ssl_context else 'http'}://127.0.0.1:{port}/v1"
     try:
         yield server
     finally:

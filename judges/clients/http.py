@@ -224,12 +224,12 @@ class JsonEndpoint:
             raise InvalidVerdict(f"the reply is not strict JSON: {exc}") from None
 
     def _failure_of(self, exc: Exception) -> JudgeFailure:
-        message = self.redacted(f"{type(exc).__name__}: {exc}")
+        message = self.redacted(f"{type(exc).__name__}: {str(exc) or 'the connection ended'}")
         cause: BaseException | None = exc
         while cause is not None:
             if isinstance(cause, ssl.SSLError) and not isinstance(cause, TRANSIENT_TLS):
                 return JudgeRejected(f"the endpoint cannot prove who it is: {message}", kind="tls")
-            cause = cause.__cause__
+            cause = cause.__cause__ or cause.__context__  # httpcore's pool raises "from None"
         if isinstance(exc, httpx.LocalProtocolError | httpx.UnsupportedProtocol | httpx.InvalidURL):
             return JudgeRejected(message)
         return JudgeUnavailable(message)
