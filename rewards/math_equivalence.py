@@ -21,8 +21,14 @@ _ONE_EXPRESSION = (LatexExtractionConfig(boxed_match_priority=-1), ExprExtractio
 
 _NOTHING_FOUND = {"boxed": r"no \boxed{...}", "last_number": "no number in it", "auto": "empty"}
 
+_WORD = re.compile(r"[A-Za-z]{3,}")
+_LATEX_WORDS = re.compile(r"\\(?:text|textbf|mathrm|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_FUNCTION = re.compile(r"(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|exp|sqrt|lim|max|min|gcd|lcm")
+
 # the minus of "5-3" is an operator, that of "is -3" a sign
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?:(?<![\w)])-)?(?<!\d)\.\d+")
+
+_ONE_NUMBER = re.compile(r"-?(?:\d{1,3}(?:[, ]\d{3})+|\d*)(?:\.\d+)?")
 
 
 def compare(reference: str, answer: str, extract: Extraction) -> dict[str, str]:
@@ -55,16 +61,23 @@ def compare(reference: str, answer: str, extract: Extraction) -> dict[str, str]:
 
 def _parsed_reference(reference: str) -> list[Any]:
     text = reference.rpartition("####")[2].strip()  # GSM8K writes its solution, then "#### 42"
-    if not text:
-        return []
     boxed = last_boxed(text)
-    if boxed is None and _NUMBER.fullmatch(text):
-        boxed = text.replace(",", "")
-    for candidate in (f"${boxed}$" if boxed is not None else "", text, f"${text.strip('$')}$"):
-        parsed = parse(candidate, _ONE_EXPRESSION, fallback_mode="no_fallback", parsing_timeout=0)
+    if boxed is None and _ONE_NUMBER.fullmatch(text):
+        boxed = re.sub("[, ]", "", text)
+    as_latex = f"${boxed if boxed is not None else text}$"
+    is_formula = boxed is not None or _is_bare_formula(text)
+    for candidate in (as_latex, text) if is_formula else (text, as_latex):
+        parsed = parse(candidate, _ONE_EXPRESSION, fallback_mode="no_fallback", parsing_timeout=0) if text else []
         if parsed:
             return parsed
     return []
+
+
+def _is_bare_formula(text: str) -> bool:
+    """Whether the text is one formula without dollars. Read as prose, "2^{10}" would be 2, and "x + 1" would be 1."""
+    words = _WORD.findall(_LATEX_WORDS.sub("", text))
+    is_marked = any(mark in text for mark in ("$", r"\(", r"\["))
+    return not is_marked and "\n" not in text and all(_FUNCTION.fullmatch(word) for word in words)
 
 
 def _extracted(answer: str, extract: Extraction) -> str | None:
@@ -74,7 +87,11 @@ def _extracted(answer: str, extract: Extraction) -> str | None:
     boxed = last_boxed(answer)
     if boxed is not None or extract == "boxed":
         return None if boxed is None else f"${boxed}$"
-    return answer.rpartition("####")[2].strip() or None  # GSM8K's own way to give an answer
+    text = answer.rpartition("####")[2].strip()  # GSM8K's own way to give an answer
+    is_calculation = "=" in text  # whose result counts
+    is_number = _ONE_NUMBER.fullmatch(text) is not None  # math-verify knows "1 234 567"; as LaTeX it is a product
+    is_formula = not is_calculation and not is_number and _is_bare_formula(text)
+    return f"${text}$" if text and is_formula else text or None
 
 
 def last_boxed(text: str) -> str | None:
