@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from update_cost.groups import END, random_groups
@@ -55,14 +56,14 @@ class StepSizes:
 
     prompt_tokens: int
     groups: int = 1
-    """Of 8 completions; each group is a micro-batch, so time grows with their number, and memory does not."""
+    """Of 8 completions; each is a micro-batch, so time grows with their number, and memory does not."""
     cases: tuple[str, ...] = CASES
     repeats: int = 3
 
 
 SIZES = {
     60: StepSizes(prompt_tokens=60),
-    600: StepSizes(prompt_tokens=600, cases=("ours", "TRL")),
+    600: StepSizes(prompt_tokens=600, cases=("ours", "TRL")),  # two fit into 24 GB: a process keeps what it had
 }
 
 
@@ -94,16 +95,17 @@ def whole_step(
         spread: of the adapters' entries; 0.02 puts the packaged model 0.06 nats per token from its reference.
     """
     device = choose_device("auto")
-    completions = random_groups(
-        groups, prompt_tokens=prompt_tokens, completion_tokens=COMPLETION_TOKENS, vocabulary=vocabulary
+    scored = random_groups(
+        groups,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=COMPLETION_TOKENS,
+        vocabulary=vocabulary,
     )
     dtype = dtype or native_dtype(device)
     if case == "ours":
-        return our_step(
-            completions, model=model, dtype=dtype, device=device, max_grad_norm=max_grad_norm, spread=spread
-        )
+        return our_step(scored, model=model, dtype=dtype, device=device, max_grad_norm=max_grad_norm, spread=spread)
     return trl_step(
-        completions,
+        scored,
         model=model,
         dtype=dtype,
         max_grad_norm=max_grad_norm,
@@ -219,7 +221,10 @@ def trl_step(
     trainer.groups = groups
     assert isinstance(trainer.model, nn.Module)
     spread_adapters({name: p for name, p in trainer.model.named_parameters() if p.requires_grad}, spread=spread)
+    # what `train` does before its first step
     trainer.current_gradient_accumulation_steps = len(groups)
+    if checkpoints:
+        cast(PreTrainedModel, trainer.model).gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)
     wrapped, optimizer = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
     trainer.model_wrapped, trainer.optimizer = wrapped, optimizer
     inputs: Any = [{"prompt": ""} for _ in range(rows * len(groups))]
@@ -304,9 +309,8 @@ def agreement_table(agreements: Sequence[Agreement]) -> str:
 
 def measure_steps(sizes: StepSizes) -> list[Result]:
     """Every case; no pass is left out of the median."""
-    makes = {
-        case: partial(whole_step, case, groups=sizes.groups, prompt_tokens=sizes.prompt_tokens) for case in sizes.cases
-    }
+    shape = {"groups": sizes.groups, "prompt_tokens": sizes.prompt_tokens}
+    makes = {case: partial(whole_step, case, **shape) for case in sizes.cases}
     return [
         Result(
             part="step",
