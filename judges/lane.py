@@ -36,6 +36,7 @@ CHARS_PER_TOKEN = 3
 """Fewer than most texts have, so that the rate limits are rather estimated too high; usage corrects it."""
 ABSURD_USAGE = 4
 """Usage beyond so many times the largest possible count is nonsense."""
+MAX_HOLD_S = 20.0
 SICK_KINDS: frozenset[FailureKind] = frozenset({"redirect", "tls", "address", "reply_too_large"})
 """Rejections that say something about the endpoint, not about the request."""
 
@@ -106,6 +107,7 @@ class Lane:
         self._outcomes: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._usage = Usage(prompt_tokens=0, completion_tokens=0)
+        self._num_overloads = 0  # 429s since the last answer
         self._cost = 0.0
         self.denial: JudgeDenied | None = None
         """Why nobody waits for this endpoint; None while it takes our calls."""
@@ -144,7 +146,7 @@ class Lane:
             JudgeFailure: as `JudgeClient.complete`, or as `read`.
             NotAdmitted: nothing was sent; ask `ready_in_s` anew.
         """
-        asked_at = self._clock()
+        asked_at, hold_s = self._clock(), 0.0
         tokens = sum(len(message.content) for message in chat.messages) / CHARS_PER_TOKEN + chat.max_tokens
         await self._slots.acquire()
         try:
@@ -175,6 +177,7 @@ class Lane:
                 outcome, status = exc.kind, exc.status
                 may_be_billed = usage is not None or status is None
                 self._on_failure(ticket, exc)
+                hold_s = self._hold_s(exc)
                 raise
             except asyncio.CancelledError:
                 self._breaker.on_no_outcome(ticket)
@@ -203,7 +206,10 @@ class Lane:
                     )
                 )
         finally:
-            self._slots.release()
+            if hold_s:
+                asyncio.get_running_loop().call_later(hold_s, self._slots.release)
+            else:
+                self._slots.release()
 
     def stats(self) -> LaneStats:
         """So far."""
@@ -251,6 +257,7 @@ class Lane:
         self._breaker.on_success(ticket)
         self._latencies.note(latency_s)
         self._limit.on_success()
+        self._num_overloads = 0
         self.denial = None
 
     def _on_failure(self, ticket: Ticket, failure: JudgeFailure) -> None:
@@ -259,6 +266,7 @@ class Lane:
         if isinstance(failure, JudgeOverloaded):
             self._breaker.on_no_outcome(ticket)
             self._limit.on_overload()
+            self._num_overloads += 1
         elif isinstance(failure, JudgeDenied):
             self.denial = failure
             self._breaker.on_denied(ticket)
@@ -267,6 +275,14 @@ class Lane:
             self._limit.on_success()
         else:
             self._breaker.on_failure(ticket)
+
+    def _hold_s(self, failure: JudgeFailure) -> float:
+        """Seconds that a call keeps its slot after its end. A 429 comes back at once: were its slot free at once, the
+        next call in the queue would meet the same answer, and the next, until nobody is left who has not been told.
+        Where the endpoint says how long to wait, the pause does as much."""
+        if not isinstance(failure, JudgeOverloaded) or failure.retry_after_s is not None:
+            return 0.0
+        return min(2.0 ** min(self._num_overloads - 1, 10), MAX_HOLD_S)
 
     def _believed(self, usage: Usage | None, chat: ChatRequest) -> Usage | None:
         if usage is None:
