@@ -1,0 +1,54 @@
+"""A recipe's `rollout.engine` -> the engine. Each is imported only where it is asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from grpo.config import RunConfig, VllmEngineConfig
+from grpo.rollout.base import RolloutEngine, SamplingParams
+from grpo.runtime.models import resolve_model
+from grpo.runtime.policy import Policy
+from grpo.runtime.seeding import derived_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def check_engine(config: RunConfig) -> None:
+    """What can be known of the engine before the weights are read: that it is installed.
+
+    Raises:
+        ConfigError: it is not, or it is too old.
+    """
+    if isinstance(config.rollout.engine, VllmEngineConfig):
+        from grpo.rollout.vllm_engine import check_installed
+
+        check_installed()
+
+
+def open_engine(
+    config: RunConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, params: SamplingParams
+) -> RolloutEngine:
+    """The engine with the policy's weights in it.
+
+    Args:
+        params: the law of training; an engine that cannot sample by it says so now.
+    Raises:
+        ConfigError: it cannot be started with this recipe.
+    """
+    rollout = config.rollout
+    if isinstance(rollout.engine, VllmEngineConfig):
+        from grpo.rollout.vllm_engine import VllmEngine
+
+        return VllmEngine(
+            policy,
+            tokenizer,
+            rollout.engine,
+            model=resolve_model(config.model, config.base_dir),
+            params=params,
+            max_rows=rollout.max_rows,
+            seed=derived_seed(config.seed, "engine"),
+        )
+    from grpo.rollout.transformers_engine import TransformersEngine
+
+    return TransformersEngine(policy, tokenizer, max_rows=rollout.max_rows, max_batch_tokens=rollout.max_batch_tokens)
