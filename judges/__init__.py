@@ -1,4 +1,4 @@
-"""Ask a model for a verdict on a text. Knows no RL and no torch; httpx is imported by `clients.openai_chat` alone."""
+"""Ask a model for a verdict on a text. Knows no RL and no torch; httpx is imported by `clients` alone."""
 
 from judges.audit import AuditLog
 from judges.clients.base import JudgeClient

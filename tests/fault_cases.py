@@ -501,6 +501,9 @@ expected outcome, no number but the one that an honest judge gave, the deadline 
 audit for every completion, and the key in no judgement, log or file. Made by
 
     PYTHONPATH=tests python -m fault_cases > benchmarks/results/fault_matrix.md
+
+Settled without a call, and so not in the table: master keys (row 30, `tests/judges/test_probes.py`), http to another
+machine (row 35, `tests/judges/test_config.py`). "Calls" are those that reached the first judge.
 """
 
 

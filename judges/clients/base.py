@@ -15,10 +15,12 @@ class JudgeClient(Protocol):
         """Ask once.
 
         Raises:
-            JudgeUnavailable: worth another try.
-            JudgeRejected: not worth another try.
+            JudgeUnavailable: worth another try; its kinds are JudgeTimeout and JudgeOverloaded.
+            JudgeRejected: this request is not worth another try here.
+            JudgeDenied: nothing is worth another try here.
             JudgeRefused: the model will not judge this text.
             InvalidVerdict: an answer came that holds no text.
+            JudgeConfigError: a setting is wrong or a secret is missing.
         """
         ...
 

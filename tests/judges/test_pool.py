@@ -1,4 +1,4 @@
-"""The pool: order, retries, deadlines, containment. With the double we ship; sockets are in test_openai_chat."""
+"""The pool: order, retries, deadlines, containment. With the double we ship; sockets are in test_fault_matrix."""
 
 from __future__ import annotations
 
