@@ -41,6 +41,7 @@ def collect(
             flat then stays.
         stopwatch: "rollout" and "judge_wait" are added to.
     """
+    parts.scorer.begin_step(step)
     asked = parts.prompts.batch(step)
     groups, judge_seconds = _scored(
         parts, asked, seed=derived_seed(seed, "rollout", step), group_size=group_size, stopwatch=stopwatch

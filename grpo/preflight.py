@@ -108,7 +108,12 @@ def open_run(
     device_name = "cpu" if config.device == "auto" and launched_for_cpu() else config.device
     device = choose_device(device_name, index=ranks.device_index)
     check_model(config.model, config.base_dir)
-    context = RewardContext(base_dir=config.base_dir, audit_path=audit_path)
+    context = RewardContext(
+        base_dir=config.base_dir,
+        audit_path=audit_path,
+        replay_path=config.scoring.replay,
+        num_processes=ranks.count,
+    )
     scorer, eval_scorer = _open_scorers(config, context, purpose)
     try:
         return _with_model(config, device, ranks, prompts, scorer, eval_scorer, purpose)

@@ -337,4 +337,6 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         )
     if config.warmup is not None:
         changes["warmup"] = config.warmup.model_copy(update={"path": absolute(config.warmup.path)})
+    if config.scoring.replay is not None:
+        changes["scoring"] = config.scoring.model_copy(update={"replay": absolute(config.scoring.replay)})
     return config.model_copy(update=changes)

@@ -47,7 +47,9 @@ def score_file(
         raise DatasetError(f"{path} holds no completion. Expected JSON lines, each with prompt and completion.")
     groups = _groups(rows, config, path)
     objectives = build_objectives(
-        config.objectives, RewardContext(base_dir=config.base_dir, audit_path=audit_path), for_evaluation=for_evaluation
+        config.objectives,
+        RewardContext(base_dir=config.base_dir, audit_path=audit_path, replay_path=config.scoring.replay),
+        for_evaluation=for_evaluation,
     )
     with Scorer(objectives) as scorer:
         scorer.check()

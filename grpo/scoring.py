@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from grpo.errors import ConfigError
 from grpo.objectives import Objective, WeightedReward
 from grpo.types import RolloutGroup, ScoredGroup, Verdict
-from rewards.base import check_reward_ready, close_reward, score_group
+from rewards.base import begin_step, check_reward_ready, close_reward, score_group
 from rewards.errors import RewardError
 from rewards.types import RewardInput, Score
 
@@ -51,6 +51,11 @@ class Scorer:
             self._run(self._check()).result()
         except RewardError as exc:
             raise ConfigError(f"a reward is not ready: {exc}") from exc
+
+    def begin_step(self, step: int) -> None:
+        """Tell the rewards that what is submitted from now on belongs to this training step."""
+        for reward in self._all_rewards():
+            begin_step(reward.reward, step)
 
     def submit(self, group: RolloutGroup, *, objectives: Sequence[str] | None = None) -> Future[ScoredGroup]:
         """Begin to score one group. Args: objectives: these only; all of the prompt's where None."""

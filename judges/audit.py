@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -90,6 +91,7 @@ class AuditLog:
         self.path = path
         self.step: int | None = None
         """The training step that records belong to from now on; None outside of training."""
+        self._session = secrets.token_hex(4)  # tells a step that was run again after a crash from its first run
         self._take_booking = take_booking
         self._file: int | None = None
 
@@ -109,7 +111,7 @@ class AuditLog:
         """
         booking = self._take_booking() if self._take_booking else None
         if booking is not None:
-            self._write_lines([{"step": self.step, "booking": asdict(booking)}])
+            self._write_lines([{**self._place(), "booking": asdict(booking)}])
         with _WRITING:
             file, self._file = self._file, None
             if file is not None:
@@ -119,11 +121,14 @@ class AuditLog:
                     os.close(file)
 
     def _write(self, record: AuditRecord) -> None:
-        lines: list[dict[str, Any]] = [{"step": self.step, **asdict(record)}]
+        lines: list[dict[str, Any]] = [{**self._place(), **asdict(record)}]
         booking = self._take_booking() if self._take_booking else None
         if booking is not None:
-            lines.append({"step": self.step, "booking": asdict(booking)})
+            lines.append({**self._place(), "booking": asdict(booking)})
         self._write_lines(lines)
+
+    def _place(self) -> dict[str, Any]:
+        return {"session": self._session, "step": self.step}
 
     def _write_lines(self, lines: list[dict[str, Any]]) -> None:
         content = b"".join(json.dumps(line, ensure_ascii=True, allow_nan=False).encode() + b"\n" for line in lines)

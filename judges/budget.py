@@ -37,6 +37,7 @@ class MoneyBudget:
             spent: by earlier parts of the same run (`spent_according_to`).
             num_processes: that share the caps; each has an equal part of what is left, since none sees the others.
         """
+        self.config = config
         self.judge = judge
         self._run_cap = None if config.per_run is None else _down(max(0.0, config.per_run - spent) / num_processes)
         self._step_cap = None if config.per_step is None else _down(config.per_step / num_processes)

@@ -31,6 +31,7 @@ FailureKind: TypeAlias = Literal[
     "quorum",  # too few of an ensemble's judges gave a verdict
     "disagreement",  # an ensemble's judges are too far apart
     "client_error",  # the judge client itself is broken
+    "not_recorded",  # the audit that is replayed holds no such judgement
 ]
 
 TRUNCATED_REASONS = frozenset({"length", "max_tokens", "model_context_window_exceeded"})

@@ -10,11 +10,12 @@ import asyncio
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from judges.budget import MoneyBudget
 from rewards.errors import RewardError
 from rewards.types import RewardInput, Score
 
@@ -24,7 +25,8 @@ MAX_REASON_CHARS = 500
 
 @runtime_checkable
 class Reward(Protocol):
-    """Scores one group: all inputs share a prompt. May also have `async check()` and `async aclose()`."""
+    """Scores one group: all inputs share a prompt. May also have `async check()`, `async aclose()` and
+    `begin_step(step)`."""
 
     async def score(self, inputs: list[RewardInput]) -> list[Score]:
         """One Score per input, in input order."""
@@ -45,6 +47,12 @@ class RewardContext:
     """Folder of the recipe; relative paths and local modules named in params are found from here."""
     audit_path: Path | None = None
     """File to which a judge-backed reward appends its audit records; None keeps none."""
+    replay_path: Path | None = None
+    """An earlier run's audit, which answers instead of the judges; None asks the judges."""
+    num_processes: int = 1
+    """Processes of the run that score, each its own part; they share what a judge may cost."""
+    budgets: dict[str, MoneyBudget] = field(default_factory=dict)
+    """What judges have spent, by their names: rewards that ask one judge share its caps."""
 
 
 async def score_group(reward: AnyReward, inputs: Sequence[RewardInput]) -> list[Score]:
@@ -82,6 +90,13 @@ async def check_reward_ready(reward: AnyReward) -> None:
         raise
     except Exception as exc:
         raise RewardError(f"{type(reward).__name__}.check() failed with {describe_exception(exc)}") from exc
+
+
+def begin_step(reward: AnyReward, step: int) -> None:
+    """Call the reward's optional `begin_step(step)` hook: what is scored from now on belongs to that training step."""
+    hook = getattr(reward, "begin_step", None)
+    if hook is not None:
+        hook(step)
 
 
 async def close_reward(reward: AnyReward) -> None:

@@ -9,14 +9,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from judges.audit import AuditLog
+from judges.audit import AuditLog, read_audit
+from judges.budget import MoneyBudget, spent_according_to
+from judges.cache import SqliteCache
 from judges.clients.base import JudgeClient
 from judges.config import JudgeConfig, Penalise
 from judges.dialects import build_client
 from judges.errors import AuditFailed, JudgeConfigError, JudgeError
 from judges.pool import JudgePool, PoolStats
 from judges.prompts import is_rubric_path, load_rubric
-from judges.seams import Budget, VerdictCache
+from judges.replay import ReplayPool
+from judges.seams import VerdictCache
 from judges.types import Judgement, JudgeRequest, Scored
 from rewards.base import RewardContext
 from rewards.errors import RewardConfigError, RewardError, RewardUnavailable
@@ -30,6 +33,7 @@ class Judged:
     """Owns a judge pool, its clients and its audit; `aclose()` lets go of them.
 
     Connections belong to the event loop that opened them, so a new loop gets a new pool. What you hand in stays yours.
+    With a replay no client is built, no cache opened and nobody asked: an earlier run's audit answers.
     """
 
     def __init__(
@@ -39,25 +43,36 @@ class Judged:
         audit_path: Path | None = None,
         client: JudgeClient | Sequence[JudgeClient] | None = None,
         cache: VerdictCache | None = None,
-        budget: Budget | None = None,
+        budget: MoneyBudget | None = None,
+        replay_path: Path | None = None,
     ) -> None:
-        """Take a client for each endpoint (or one for all) instead of the dialects' own."""
-        try:
-            self._rubric = load_rubric(config.rubric)
-        except JudgeConfigError as exc:
-            raise RewardConfigError(f"reward 'judged': {exc}") from exc
+        """Take a client for each endpoint (or one for all), a cache or a budget instead of the config's own.
+
+        Raises:
+            RewardConfigError: the rubric or the audit to be replayed cannot be used.
+        """
         self._config = config
         self._given_client = client
-        self._cache = cache
-        self._budget = budget
-        self._audit = AuditLog(audit_path) if audit_path is not None else None
-        self._pool: JudgePool | None = None
+        self._given_cache = cache
+        self._budget = budget or _new_budget(config, audit_path)
+        take_booking = self._budget.take_booking if self._budget else None
+        self._audit = AuditLog(audit_path, take_booking=take_booking) if audit_path is not None else None
+        try:
+            self._rubric = load_rubric(config.rubric)
+            self._replay = (
+                ReplayPool(replay_path, config=config, rubric=self._rubric, audit=self._audit) if replay_path else None
+            )
+        except JudgeConfigError as exc:
+            raise RewardConfigError(f"reward 'judged': {exc}") from exc
+        self._cache: SqliteCache | None = None  # ours, opened with the pool
+        self._pool: JudgePool | ReplayPool | None = None
         self._clients: list[JudgeClient] = []  # those we have built
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any], context: RewardContext) -> Judged:
-        """Build from a recipe: params are `JudgeConfig`'s keys; a rubric's path is relative to the recipe's folder.
+        """Build from a recipe: params are `JudgeConfig`'s keys; the paths of a rubric and a cache are relative to the
+        recipe's folder.
 
         Raises:
             RewardConfigError: one line per problem; the values are not shown, one may be a secret.
@@ -74,17 +89,21 @@ class Judged:
             config = config.model_copy(update={"rubric": str(context.base_dir / config.rubric)})
         for endpoint in config.endpoints:
             make_local_module_importable(endpoint.dialect.partition(":")[0], context.base_dir)
-        return cls(config, audit_path=context.audit_path)
+        if config.cache is not None:
+            config = config.model_copy(update={"cache": str(context.base_dir / Path(config.cache).expanduser())})
+        budget = _shared_budget(config, context)
+        return cls(config, audit_path=context.audit_path, budget=budget, replay_path=context.replay_path)
 
     async def check(self) -> None:
-        """Make sure, before anything depends on it, that the judge can be reached.
+        """Make sure, before anything depends on it, that the judge can be reached; a replay needs none.
 
         Raises:
             RewardConfigError: a secret or the URL is missing or wrong.
             RewardUnavailable: nobody answers at the URL, or somebody who is no judge; the message says what to do.
         """
         try:
-            self._pool_of_this_loop()
+            if isinstance(self._pool_of_this_loop(), ReplayPool):
+                return
             for client in self._clients or _listed(self._given_client):
                 check = getattr(client, "check", None)
                 if check is not None:  # a client of somebody's own need not have one
@@ -93,6 +112,15 @@ class Judged:
             raise RewardConfigError(f"reward 'judged': {exc}") from exc
         except JudgeError as exc:
             raise RewardUnavailable(f"reward 'judged': {exc}") from exc
+
+    def begin_step(self, step: int) -> None:
+        """What is judged from now on belongs to this training step: for the audit, the step's budget and replay."""
+        if self._audit is not None:
+            self._audit.step = step
+        if self._budget is not None:
+            self._budget.begin_step(step)
+        if self._replay is not None:
+            self._replay.step = step
 
     async def score(self, inputs: list[RewardInput]) -> list[Score]:
         """One Score per input, a whole group at a time; None, with the cause, where the judge gave no verdict.
@@ -128,28 +156,37 @@ class Judged:
     async def aclose(self) -> None:
         """Close what this reward has opened."""
         clients, self._clients, self._pool, self._loop = self._clients, [], None, None
+        cache, self._cache = self._cache, None
         try:
             for client in clients:
                 await client.aclose()
+            if cache is not None:
+                await cache.aclose()
         finally:
             if self._audit is not None:
                 await asyncio.to_thread(self._audit.close)
 
-    def _pool_of_this_loop(self) -> JudgePool:
+    def _pool_of_this_loop(self) -> JudgePool | ReplayPool:
+        if self._replay is not None:
+            self._pool = self._replay
+            return self._replay
         loop = asyncio.get_running_loop()
         if self._pool is None or self._loop is not loop:
             config = self._config
             if self._given_client is None:
                 self._clients = [build_client(one, timeout_s=config.timeout_s) for one in config.endpoints]
+            if self._given_cache is None and self._cache is None and config.cache is not None:
+                self._cache = SqliteCache(Path(config.cache))
             self._pool = JudgePool(
                 client=self._given_client or self._clients,
                 config=config,
                 rubric=self._rubric,
                 audit=self._audit,
-                cache=self._cache,
+                cache=self._given_cache or self._cache,
                 budget=self._budget,
             )
             self._loop = loop
+        assert self._pool is not None
         return self._pool
 
     def _score_of(self, judgement: Judgement) -> Score:
@@ -163,6 +200,42 @@ class Judged:
             return Score(value=choice.penalise, reason=f"penalised by the recipe (on_completion_fault): {cause}")
         hint = "" if choice == "mask" else "; on_completion_fault is not set, so that it has no score"
         return Score(value=None, reason=f"the completion made the {cause}{hint}")
+
+
+def _shared_budget(config: JudgeConfig, context: RewardContext) -> MoneyBudget | None:
+    """The budget of this judge, one for all rewards of a run that ask it.
+
+    Raises:
+        RewardConfigError: they name different caps.
+    """
+    if config.budget is None:
+        return None
+    name = _judge_name(config)
+    known = context.budgets.get(name)
+    if known is None:
+        known = _new_budget(config, context.audit_path, num_processes=context.num_processes)
+        assert known is not None
+        context.budgets[name] = known
+    elif known.config != config.budget:
+        raise RewardConfigError(
+            f"reward 'judged': two rewards ask the judge {name}, but their budgets differ. Give both the same budget."
+        )
+    return known
+
+
+def _new_budget(config: JudgeConfig, audit_path: Path | None, *, num_processes: int = 1) -> MoneyBudget | None:
+    """What is left of the caps by the audit's account of earlier parts of the run."""
+    if config.budget is None:
+        return None
+    name = _judge_name(config)
+    lines = read_audit(audit_path) if audit_path is not None and audit_path.is_file() else []
+    return MoneyBudget(
+        config.budget, judge=name, spent=spent_according_to(lines, judge=name), num_processes=num_processes
+    )
+
+
+def _judge_name(config: JudgeConfig) -> str:
+    return f"{Path(config.rubric).stem}@{'+'.join(endpoint.label for endpoint in config.endpoints)}"
 
 
 def _listed(client: JudgeClient | Sequence[JudgeClient] | None) -> list[JudgeClient]:

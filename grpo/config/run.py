@@ -27,6 +27,9 @@ class ScoringConfig(StrictModel):
     wait_rounds: int = Field(default=10, ge=1)
     max_skipped: int = Field(default=3, ge=1)
     """Steps in a row that may go without an update; counted anew in a resumed run."""
+    replay: Path | None = None
+    """An earlier run's judge_audit.jsonl, which answers instead of the judges; relative to the recipe's folder. What it
+    does not hold has no verdict, and no judge is asked."""
 
 
 class WarmupConfig(StrictModel):
