@@ -150,9 +150,10 @@ def _check_writable(option: str, path: Path | None) -> None:
         return
     from grpo.errors import ConfigError
 
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
-        raise ConfigError(f"{option} {path.absolute()} {what}. Name a file in a folder that exists.")
+    if path.is_dir():
+        raise ConfigError(f"{option} {path.absolute()} is a folder. Name a file.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option} {path.absolute()}: its folder does not exist. Make it, or name another file.")
 
 
 def _recipe_of(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -245,6 +246,10 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         run_directory_below_a_file,
         ["output_dir {folder}/file/run cannot be made", "{folder}/file is no folder"],
     ),
+    "flash attention on a CPU": (
+        overrides("attention=flash_attention_2"),
+        ["attention is flash_attention_2", "runs on CUDA only", "attention=auto"],
+    ),
     "judge that cannot be reached": (judge_that_is_not_there, ["reward 'judged'", "http://127.0.0.1:"]),
 }
 
@@ -268,6 +273,18 @@ def test_bad_input_is_refused_with_one_clear_message_and_nothing_is_written(
     code, stderr = run_in_process(["train", str(workplace.recipe_path)], monkeypatch, capsys)
     check_refused(code, stderr, words, workplace)
     assert stderr.count("error: ") == 1
+    assert workplace.listing() == before
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_that_is_not_installed_is_bad_input_that_says_where_to_get_it(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides("rollout.engine={type: vllm}")(workplace)
+    workplace.write()
+    before = workplace.listing()
+    code, stderr = run_in_process(["train", str(workplace.recipe_path)], monkeypatch, capsys)
+    check_refused(code, stderr, ["vLLM is not installed", "[vllm]", "scripts/install_vllm_cpu.sh"], workplace)
     assert workplace.listing() == before
 
 

@@ -98,4 +98,4 @@ def test_a_place_to_write_that_is_not_there_is_found_before_anything_is_scored(r
     write_rows(file, [{"prompt": "x", "completion": "x"}])
     code, _, stderr, _ = scored(runs, file, "--json", str(runs.folder / "nowhere" / "means.json"))
     assert code == 2
-    assert "lies in a folder that does not exist" in stderr
+    assert "its folder does not exist" in stderr
