@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -223,6 +225,56 @@ def test_limits_passed_by_one_completion_leave_the_others_alone():
     completions = ["while True: pass", ADD, "while True: print(1)", "bytearray(10 << 30)", ADD]
     answers = scores(completions, meta={"tests": ADD_TESTS}, timeout_s=3.0)
     assert [answer.value for answer in answers] == [0.0, 1.0, 0.0, 0.0, 1.0]
+
+
+def states_of_descendants(ancestor: int) -> dict[int, str]:
+    """Process id -> state letter, for all that this process has started, and they."""
+    stats = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            after_name = (folder / "stat").read_text().rpartition(")")[2].split()
+            stats[int(folder.name)] = (after_name[0], int(after_name[1]))
+    found, parents = {}, {ancestor}
+    while parents:
+        parents = {pid for pid, (_, parent) in stats.items() if parent in parents}
+        found |= {pid: stats[pid][0] for pid in parents}
+    return found
+
+
+@needs_sandbox
+def test_giving_up_ends_the_code_that_runs():
+    before = states_of_descendants(os.getpid())
+
+    async def give_up() -> set[int]:
+        reward = CodeTests(timeout_s=60.0)
+        inputs = [RewardInput(prompt_id="p", prompt="", completion="while True: pass", reference="assert 1")]
+        task = asyncio.create_task(reward.score(inputs))
+        while (
+            len(running := states_of_descendants(os.getpid()).keys() - before.keys()) < 4
+        ):  # worker, bwrap twice, code
+            await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await reward.aclose()
+        return running
+
+    started = asyncio.run(give_up())
+    deadline = time.monotonic() + 10
+
+    def still_running() -> list[int]:
+        return [pid for pid in started if (stat := state_of(pid)) is not None and stat not in "ZX"]
+
+    while still_running() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert still_running() == []
+
+
+def state_of(pid: int) -> str | None:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return None
 
 
 @needs_sandbox

@@ -126,7 +126,7 @@ def test_a_schema_is_never_fetched():
 def test_a_pattern_without_end_costs_one_verdict(params):
     endless = '"' + "a" * 60 + 'b"' if "json_schema" in params else "a" * 60 + "b"
     quick = '"ab"' if "json_schema" in params else "b"
-    values = [one.value for one in scores(Format(**params, timeout_s=1.0), quick, endless, quick)]
+    values = [one.value for one in scores(Format(**params, timeout_s=2.0), quick, endless, quick)]
     assert values == [0.0, None, 0.0]
     assert scores(Format(**params, timeout_s=0.5, limit_score=0.0), endless)[0].value == 0.0
 

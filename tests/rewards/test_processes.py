@@ -75,7 +75,7 @@ def test_a_worker_is_used_again():
 
 @pytest.mark.parametrize("call", [("match", *CATASTROPHE), ("power", 10, 10**10)], ids=["regex", "10**10**10"])
 def test_a_call_without_end_costs_its_own_outcome_only(call):
-    first, lost, last = outcomes(("echo", 1), call, ("echo", 2), timeout_s=1.0)
+    first, lost, last = outcomes(("echo", 1), call, ("echo", 2), timeout_s=2.0)
     assert (first, last) == (Finished(value=1), Finished(value=2))
     assert isinstance(lost, Unfinished)
     assert lost.kind in ("timeout", "memory")
@@ -135,7 +135,7 @@ def test_a_function_that_cannot_be_imported_is_named():
 
 def test_the_limit_does_not_count_the_wait_for_a_worker():
     calls = [("echo", 1)] + [("match", *CATASTROPHE)] * 2 + [("echo", 3)]
-    assert [type(outcome) for outcome in outcomes(*calls, timeout_s=0.6, workers=1)][-1] is Finished
+    assert [type(outcome) for outcome in outcomes(*calls, timeout_s=1.0, workers=1)][-1] is Finished
 
 
 def test_a_cancelled_call_is_killed_and_the_pool_goes_on():
