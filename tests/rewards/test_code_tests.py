@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Set
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,17 @@ def states_of_descendants(ancestor: int) -> dict[int, str]:
     return found
 
 
+def new_descendants(known: Set[int], count: int) -> set[int]:
+    """Wait until this process has that many descendants besides the known ones."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        new = set(states_of_descendants(os.getpid())) - known
+        if len(new) >= count:
+            return new
+        time.sleep(0.05)
+    raise TimeoutError(f"fewer than {count} processes were started")
+
+
 @needs_sandbox
 def test_giving_up_ends_the_code_that_runs():
     before = states_of_descendants(os.getpid())
@@ -249,10 +261,7 @@ def test_giving_up_ends_the_code_that_runs():
         reward = CodeTests(timeout_s=60.0)
         inputs = [RewardInput(prompt_id="p", prompt="", completion="while True: pass", reference="assert 1")]
         task = asyncio.create_task(reward.score(inputs))
-        while (
-            len(running := states_of_descendants(os.getpid()).keys() - before.keys()) < 4
-        ):  # worker, bwrap twice, code
-            await asyncio.sleep(0.05)
+        running = await asyncio.to_thread(new_descendants, before.keys(), 4)  # the worker, bwrap twice, the code
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
