@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 import traceback
+import tracemalloc
 from typing import Any
 
 import pytest
-from fault_server import Answer, FaultServer, chat, drip, echo_the_key, flood, raw, reply, reset, serving
+from fault_server import Answer, FaultServer, Received, chat, drip, echo_the_key, flood, raw, reply, reset, serving
 
 from judges.clients.http import MAX_REPLY_BYTES
 from judges.clients.openai_chat import OpenAIChatClient
@@ -101,6 +103,50 @@ def test_a_reply_over_the_byte_cap_is_cut_and_not_tried_again() -> None:
     assert isinstance(answer, JudgeRejected)
     assert answer.kind == "reply_too_large"
     assert str(MAX_REPLY_BYTES) in str(answer)
+
+
+def test_an_endless_reply_costs_no_more_memory_than_a_long_one() -> None:
+    tracemalloc.start()
+    try:
+        complete(flood(CHUNKED, b"10000\r\n" + b"x" * 0x10000 + b"\r\n"))
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 8 * MAX_REPLY_BYTES  # ours, httpcore's and the server's buffers together
+
+
+def test_a_call_that_is_cancelled_lets_go_of_its_connection() -> None:
+    async def main() -> bool:
+        gone = asyncio.Event()
+
+        async def answer(writer: asyncio.StreamWriter, received: Received) -> None:
+            try:
+                await drip(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b" ")(writer, received)
+            except ConnectionError:
+                gone.set()
+
+        async with serving(answer) as server:
+            client = OpenAIChatClient(endpoint(server.url))
+            call = asyncio.create_task(client.complete(REQUEST))
+            await asyncio.sleep(0.1)
+            call.cancel()
+            await asyncio.wait([call])
+            async with asyncio.timeout(2.0):
+                await gone.wait()
+            await client.aclose()
+        return call.cancelled()
+
+    assert asyncio.run(main())
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+def test_an_ipv6_address_in_the_url_is_called() -> None:
+    async def main() -> str:
+        with pytest.raises(JudgeUnavailable) as caught:
+            await OpenAIChatClient(endpoint("http://[::1]:9/v1")).complete(REQUEST)
+        return str(caught.value)
+
+    assert "ConnectError" in asyncio.run(main())  # refused, as nobody listens; not a name that cannot be resolved
 
 
 def test_an_encoded_reply_is_refused_before_it_is_unpacked() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from judges.errors import JudgeConfigError
 from judges.prompts import Rubric, load_rubric, read_fences, render_comparison, render_prompt
@@ -189,3 +191,17 @@ def test_texts_that_cannot_be_compared_are_refused() -> None:
     assert not single.can_compare
     with pytest.raises(JudgeConfigError, match="tone shows one answer a call"):
         render_comparison(single, [one, one], mode="groupwise", low=0.0, high=1.0)
+
+
+@given(st.text(st.characters(), max_size=200))
+def test_whatever_a_completion_says_it_stays_on_its_own_line(completion: str) -> None:
+    def frame(text: str) -> tuple[list[str], str]:
+        prompt = render_prompt(load_rubric("grounding"), make_request(completion=text), low=0.0, high=1.0)
+        lines = prompt.text.encode().decode().replace(prompt.nonce, "NONCE").split("\n")
+        return lines, lines.pop(lines.index("<<<completion NONCE") + 1)
+
+    lines, line = frame(completion)
+    assert lines == frame("Anna")[0]
+    assert "<" not in line
+    assert ">" not in line
+    assert len(line.splitlines()) == 1

@@ -6,6 +6,8 @@ import json
 import time
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from judges.errors import InvalidVerdict
 from judges.verdicts import TextVerdict, parse_group_verdict, parse_pair_verdict, parse_verdict, verdict_schema
@@ -190,3 +192,40 @@ def test_the_schema_asks_for_the_reason_before_the_score_and_for_nothing_else() 
     assert verdicts["items"]["required"] == ["id", "reason", "score"]
     assert "$defs" not in json.dumps(verdict_schema("groupwise", low=0.0, high=10.0))
     assert list(verdict_schema("pairwise", low=0.0, high=1.0)["properties"]) == ["nonce", "reason", "winner"]
+
+
+PIECES = st.sampled_from(
+    [
+        "{",
+        "}",
+        '"',
+        ",",
+        ":",
+        f'"nonce": "{NONCE}"',
+        NONCE,
+        '"score": 1',
+        '"score": NaN',
+        "[",
+        "]",
+        " ",
+        "\\",
+        "x",
+        "-0",
+    ]
+)
+
+
+@given(st.lists(PIECES, max_size=30).map("".join))
+@example(f'{{"nonce": "{NONCE}", "score": 1}}')
+def test_whatever_a_judge_says_is_a_score_in_the_scale_or_an_invalid_verdict(text: str) -> None:
+    try:
+        score = parse(text)
+    except InvalidVerdict:
+        return
+    assert score == 1.0
+
+
+@given(st.text(max_size=300))
+def test_a_reply_that_does_not_know_the_nonce_is_never_a_verdict(text: str) -> None:
+    with pytest.raises(InvalidVerdict):
+        parse(text)
