@@ -1,7 +1,8 @@
 """Logits -> one token per row and its log-probability, under temperature, top-k, top-p and min-p.
 
-The kept set is `replay.kept_tokens`' own, found among the likeliest few instead of by sorting the vocabulary. Knows
-tensors; knows no model and no transformers.
+The kept set is `replay.kept_tokens`' own, found among the likeliest few instead of by sorting the vocabulary. Where
+top-p cuts through tokens that tie exactly, as many of them stay as there; which ones, torch's sort leaves open, and
+here it is those with the higher ids. Knows tensors; knows no model and no transformers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.replay import kept_tokens
 
-CANDIDATES = (128, 2048)
+CANDIDATES = (128, 2048, 8192)
 """Likeliest tokens that are looked at first, then for the rows whose kept set is larger; after these, all."""
 CUT_MARGIN = 2e-6
 """Mass next to top_p within which rounding, and not the law, would say what is kept: the whole sort says it there."""
@@ -73,11 +74,14 @@ def _kept_candidates(
     Args:
         scaled: [N, V]; total: [N] its log-sum-exp; count: above top_k and below V.
     Returns:
-        ids [N, C], their values [N, C] descending, kept [N, C], and whether that is the row's whole kept set [N]: the
-        first token that is not kept is among the candidates, and is strictly less likely than the last one kept. Where
-        it ties, or lies next to top_p, which of them stays is for the whole sort to say.
+        ids [N, C], their values [N, C] descending, kept [N, C], and whether that is the row's whole kept set [N]: all
+        tokens as likely as the last one kept are candidates, and no rounding decides at top_p.
     """
     values, ids = scaled.topk(count, dim=-1)  # [N, C]
+    # bfloat16 logits tie everywhere, and topk's order of a tie may depend on the batch: the higher ids stay
+    ids, order = ids.sort(dim=-1, descending=True)
+    values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    ids = ids.gather(1, order)
     is_kept = torch.ones_like(values, dtype=torch.bool)
     if params.top_k > 0:
         is_kept &= values >= values[:, params.top_k - 1 : params.top_k]
@@ -93,8 +97,7 @@ def _kept_candidates(
         is_kept &= relative >= params.min_p
     num_kept = is_kept.sum(dim=-1, keepdim=True)  # [N, 1]; a prefix, since values descend
     last = values.gather(1, num_kept - 1)
-    following = values.gather(1, num_kept.clamp(max=count - 1))
-    is_settled = ((num_kept < count) & (following < last))[:, 0]
+    is_settled = ((num_kept < count) & (values[:, -1:] < last))[:, 0]  # all that tie with the last are candidates
     is_settled &= ~is_close.any(dim=-1)
     if params.top_k > 0:  # a tie over the edge of top-k is more than k tokens
         edge = values[:, params.top_k - 1 : params.top_k]
