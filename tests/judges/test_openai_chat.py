@@ -7,6 +7,7 @@ import socket
 import time
 import traceback
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -417,3 +418,13 @@ def test_closing_twice_raises_nothing() -> None:
         return [await client.aclose(), await client.aclose()]
 
     assert asyncio.run(main()) == [None, None]
+
+
+def test_a_file_of_authorities_that_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "ca.pem"
+    client = OpenAIChatClient(endpoint("https://judge.example/v1", ca_file=str(path)))
+    with pytest.raises(JudgeConfigError, match=r"ca\.pem cannot be used"):
+        asyncio.run(client.complete(REQUEST))
+    path.write_text("no certificate")
+    with pytest.raises(JudgeConfigError, match=r"ca\.pem cannot be used"):
+        asyncio.run(client.complete(REQUEST))
