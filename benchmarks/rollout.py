@@ -369,6 +369,26 @@ def misses(results: Sequence[Result]) -> list[str]:
     return complaints
 
 
+def save(results: Sequence[Result], path: Path) -> None:
+    """Figures, machine, versions and command; after each case, for the whole takes half an hour."""
+    device = choose_device("auto")
+    document = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": {
+            "platform": platform.platform(),
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "dtype": str(choose_dtype("auto", device)),
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("grpo-toolkit", "torch", "transformers", "peft")},
+        "results": [asdict(result) for result in results],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def quick(case: Case) -> Case:
     """A small one of the same kind."""
     return replace(case, rows=2 * case.samples, new_tokens=32 if case.is_varying else 4)
@@ -402,24 +422,9 @@ def main() -> None:
                 continue  # its processors are loaded in vLLM's own processes, which do not see this script
             results.append(measured_apart(engine, name, is_quick=arguments.quick))
             print(f"{engine}, {name}: {results[-1].speed:.0f} tokens/s", file=sys.stderr, flush=True)
+            if arguments.json is not None:
+                save(results, arguments.json)
     print(table(results))
-    if arguments.json is not None:
-        device = choose_device("auto")
-        document = {
-            "command": " ".join(["python", *sys.argv]),
-            "machine": {
-                "platform": platform.platform(),
-                "machine": platform.machine(),
-                "cores": os.cpu_count(),
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                "dtype": str(choose_dtype("auto", device)),
-            },
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("grpo-toolkit", "torch", "transformers", "peft")},
-            "results": [asdict(result) for result in results],
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     if not arguments.quick and (complaints := misses(results)):
         sys.exit("\n".join(complaints))
 
