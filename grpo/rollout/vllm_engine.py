@@ -262,9 +262,9 @@ class VllmEngine:
             self._is_asleep = False
 
 
-def check_installed() -> None:
-    """Raises ConfigError where vLLM is missing or too old. Imports nothing."""
-    for name in _DISTRIBUTIONS:
+def check_installed(distributions: Sequence[str] = _DISTRIBUTIONS) -> None:
+    """Raises ConfigError where vLLM, under any of these names, is missing or too old. Imports nothing."""
+    for name in distributions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             check_version(importlib.metadata.version(name))
             return
