@@ -43,6 +43,7 @@ def test_no_key_or_one_that_guards_nothing_leaves_the_text_alone() -> None:
 def test_what_the_http_libraries_log_is_redacted_while_a_client_is_open(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     redactor = Redactor(SecretStr(KEY))
+    before = [list(logging.getLogger(name).filters) for name in HTTP_LOGGERS]
     redactor.attach()
     for name in HTTP_LOGGERS:
         logging.getLogger(name).debug("headers=%s", KEY)
@@ -50,4 +51,4 @@ def test_what_the_http_libraries_log_is_redacted_while_a_client_is_open(caplog: 
     redactor.detach()
     assert KEY not in caplog.text
     assert caplog.text.count("headers=[key]") == len(HTTP_LOGGERS)
-    assert not any(logging.getLogger(name).filters for name in HTTP_LOGGERS)
+    assert [logging.getLogger(name).filters for name in HTTP_LOGGERS] == before
