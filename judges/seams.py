@@ -1,11 +1,13 @@
-"""What a pool may be given besides its clients: a cache of verdicts, a budget, an audit. Three protocols, no code."""
+"""What a pool may be given besides its clients (a cache of verdicts, a budget, an audit), and what it is to its users.
+Protocols, no code."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from judges.audit import AuditRecord
-from judges.types import Verdict
+from judges.types import Judgement, JudgeRequest, Verdict
 
 
 class VerdictCache(Protocol):
@@ -54,4 +56,12 @@ class AuditSink(Protocol):
         Raises:
             AuditFailed: it could not be written.
         """
+        ...
+
+
+class Judging(Protocol):
+    """A judge pool, or what stands in for one."""
+
+    async def judge(self, requests: Sequence[JudgeRequest]) -> list[Judgement]:
+        """One judgement per request, in the requests' order."""
         ...
