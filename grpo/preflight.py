@@ -28,8 +28,8 @@ from grpo.objectives import build_objectives, check_objectives_of_prompts
 from grpo.prompts import EncodedPrompt, PromptSource, encode_prompt, open_prompts
 from grpo.rollout.banned_texts import banned_sequences
 from grpo.rollout.base import RolloutEngine, SamplingParams
+from grpo.rollout.engines import check_engine, open_engine
 from grpo.rollout.processors import check_custom_processors, load_processor
-from grpo.rollout.transformers_engine import TransformersEngine
 from grpo.runtime.devices import choose_attention, choose_device, choose_dtype
 from grpo.runtime.distributed import Ranks, launched_for_cpu
 from grpo.runtime.models import check_model, end_token_ids, has_flash_attention, load_model, load_tokenizer
@@ -107,6 +107,7 @@ def open_run(
         micro_batch_rows(config.warmup, num_ranks=ranks.count)
     device_name = "cpu" if config.device == "auto" and launched_for_cpu() else config.device
     device = choose_device(device_name, index=ranks.device_index)
+    check_engine(config)
     check_model(config.model, config.base_dir)
     context = RewardContext(
         base_dir=config.base_dir,
@@ -287,12 +288,7 @@ def _with_model(
         max_prompt_tokens=max_prompt_tokens,
         params=params,
         policy=policy,
-        engine=TransformersEngine(
-            policy,
-            tokenizer,
-            max_rows=config.rollout.max_rows,
-            max_batch_tokens=config.rollout.max_batch_tokens,
-        ),
+        engine=open_engine(config, policy, tokenizer, params),
         scorer=scorer,
         eval_scorer=eval_scorer,
         updater=updater,
