@@ -85,7 +85,7 @@ class JudgePool:
         self._budget = budget
         self._random = random.Random()  # ours alone: a wait must not move the training's seeds
         self._lanes: Panel = ()
-        self._flights: dict[tuple[Panel, Question], Flight[Answer]] = {}
+        self._flights: dict[tuple[Panel, Question], tuple[Asking, Flight[Answer]]] = {}
         self._canaries: dict[tuple[Panel, Question], bool] = {}
         self._outcomes: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
@@ -136,15 +136,10 @@ class JudgePool:
         """The question's answer; `failed("deadline")` where it does not come in time."""
         clock = asyncio.get_running_loop().time
         started = clock()
-        flight = self._flights.get((panel, question))
-        is_shared = flight is not None
-        asking = Asking(question, panel, self._config, self._random)
-        if flight is None:
-            flight = Flight(
-                lambda flight: self._ask(asking, panel, flight),
-                on_end=lambda: self._forget(panel, question, flight),
-            )
-            self._flights[panel, question] = flight
+        is_shared = (panel, question) in self._flights
+        if not is_shared:
+            self._take_off(panel, question)
+        asking, flight = self._flights[panel, question]
         try:
             answer = await flight.wait(deadline)
         except TimeoutError:
@@ -152,6 +147,16 @@ class JudgePool:
             answer = asking.failed("deadline", f"not judged within {self._config.deadline_s:g} s{last}")
         self._counts["shared"] += is_shared
         return replace(answer.shared() if is_shared else answer, latency_s=clock() - started)
+
+    def _take_off(self, panel: Panel, question: Question) -> None:
+        asking = Asking(question, panel, self._config, self._random)
+
+        def forget() -> None:
+            if self._flights.get((panel, question), (None, None))[1] is flight:
+                del self._flights[panel, question]
+
+        flight = Flight[Answer](lambda flight: self._ask(asking, panel, flight), on_end=forget)
+        self._flights[panel, question] = asking, flight
 
     async def _ask(self, asking: Asking, panel: Panel, flight: Flight[Answer]) -> Answer:
         """Ask, and ask again where that may help. The loop ends: attempts are finite, and so is the deadline."""
@@ -359,10 +364,6 @@ class JudgePool:
                 for endpoint in self._config.endpoints
             )
         return [(lane,) for lane in self._lanes] if self._config.ensemble else [self._lanes]
-
-    def _forget(self, panel: Panel, question: Question, flight: Flight[Answer] | None) -> None:
-        if self._flights.get((panel, question)) is flight:
-            del self._flights[panel, question]
 
     def _combined(self, outcomes: Sequence[Outcome]) -> Outcome:
         if self._config.ensemble is None:

@@ -77,20 +77,7 @@ class Judged:
         Raises:
             RewardConfigError: one line per problem; the values are not shown, one may be a secret.
         """
-        try:
-            config = JudgeConfig.model_validate(dict(params))
-        except ValidationError as exc:
-            problems = "; ".join(
-                f"{'.'.join(str(part) for part in error['loc'])}: {error['msg'].removeprefix('Value error, ')}"
-                for error in exc.errors(include_input=False, include_url=False, include_context=False)
-            )
-            raise RewardConfigError(f"reward 'judged': {problems}.") from None
-        if is_rubric_path(config.rubric):
-            config = config.model_copy(update={"rubric": str(context.base_dir / config.rubric)})
-        for endpoint in config.endpoints:
-            make_local_module_importable(endpoint.dialect.partition(":")[0], context.base_dir)
-        if config.cache is not None:
-            config = config.model_copy(update={"cache": str(context.base_dir / Path(config.cache).expanduser())})
+        config = read_judge_config(params, context.base_dir)
         budget = _shared_budget(config, context)
         return cls(config, audit_path=context.audit_path, budget=budget, replay_path=context.replay_path)
 
@@ -199,7 +186,34 @@ class Judged:
         if isinstance(choice, Penalise):
             return Score(value=choice.penalise, reason=f"penalised by the recipe (on_completion_fault): {cause}")
         hint = "" if choice == "mask" else "; on_completion_fault is not set, so that it has no score"
-        return Score(value=None, reason=f"the completion made the {cause}{hint}")
+        made = f"the completion made the judge fail: {judgement.kind}: {judgement.detail}"
+        return Score(value=None, reason=f"{made}{hint}")
+
+
+def read_judge_config(params: Mapping[str, Any], base_dir: Path) -> JudgeConfig:
+    """A judge's settings as a recipe writes them, with the paths of a rubric and a cache made absolute.
+
+    Args:
+        params: `JudgeConfig`'s keys.
+        base_dir: the recipe's folder; a client of one's own may lie there as a module.
+    Raises:
+        RewardConfigError: one line per problem; the values are not shown, one may be a secret.
+    """
+    try:
+        config = JudgeConfig.model_validate(dict(params))
+    except ValidationError as exc:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in error['loc'])}: {error['msg'].removeprefix('Value error, ')}"
+            for error in exc.errors(include_input=False, include_url=False, include_context=False)
+        )
+        raise RewardConfigError(f"reward 'judged': {problems}.") from None
+    if is_rubric_path(config.rubric):
+        config = config.model_copy(update={"rubric": str(base_dir / config.rubric)})
+    for endpoint in config.endpoints:
+        make_local_module_importable(endpoint.dialect.partition(":")[0], base_dir)
+    if config.cache is not None:
+        config = config.model_copy(update={"cache": str(base_dir / Path(config.cache).expanduser())})
+    return config
 
 
 def _shared_budget(config: JudgeConfig, context: RewardContext) -> MoneyBudget | None:

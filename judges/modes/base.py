@@ -65,7 +65,8 @@ class Answer:
 
     def shared(self) -> Answer:
         """The same answer, for one who did not pay for it."""
-        return replace(self, origin="shared" if self.origin == "asked" else self.origin, usage=None, cost=0.0)
+        origin = "shared" if self.origin == "asked" else self.origin
+        return replace(self, origin=origin, calls=(), usage=None, cost=0.0)
 
 
 @dataclass(frozen=True, slots=True)

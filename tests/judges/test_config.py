@@ -109,3 +109,48 @@ def test_importing_judges_imports_neither_httpx_nor_torch_nor_the_layers_above()
     code = "import sys, judges, judges.demo_server; print({'httpx', 'torch', 'rewards', 'grpo'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "set()"
+
+
+def make_raw(**extra: object) -> dict[str, object]:
+    return {"endpoint": {"url": "https://judge.example/v1", "model": "m"}, "rubric": "fairness", **extra}
+
+
+def test_one_endpoint_and_a_bare_mode_are_short_for_the_long_forms() -> None:
+    short = JudgeConfig.model_validate(make_raw(mode="groupwise"))
+    long = JudgeConfig.model_validate(
+        {
+            "endpoints": [{"url": "https://judge.example/v1", "model": "m"}],
+            "rubric": "fairness",
+            "mode": {"type": "groupwise", "permutations": 2},
+        }
+    )
+    assert short == long
+
+
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        ({"endpoints": []}, "both given"),
+        ({"mode": "duel"}, "pointwise"),
+        ({"concurrency": 0}, "expected 1 to 1024"),
+        ({"concurrency": {"start": 100}}, "expected 1 .minimum. to 64"),
+        ({"ensemble": {"quorum": 2}}, "only 1 endpoints"),
+        ({"budget": {"per_run": 1.0}}, "give price"),
+        ({"on_completion_fault": "penalise"}, "mask"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(extra: dict[str, object], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        JudgeConfig.model_validate(make_raw(**extra))
+
+
+def test_what_a_completions_fault_costs_has_no_default() -> None:
+    assert JudgeConfig.model_validate(make_raw()).on_completion_fault is None
+
+
+def test_two_endpoints_of_one_model_need_names() -> None:
+    endpoint = {"url": "https://judge.example/v1", "model": "m"}
+    with pytest.raises(ValidationError, match="give each a name"):
+        JudgeConfig.model_validate({"endpoints": [endpoint, endpoint], "rubric": "fairness"})
+    named = [endpoint | {"name": name} for name in "ab"]
+    assert len(JudgeConfig.model_validate({"endpoints": named, "rubric": "fairness"}).endpoints) == 2

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from judges import EndpointConfig, JudgeConfig, JudgeRejected, ScriptedClient
+from judges import EndpointConfig, JudgeConfig, JudgeRefused, JudgeRejected, ScriptedClient
 from judges.clients.scripted import verdict_for
 from judges.demo_server import serve
 from judges.prompts import read_fences
@@ -158,3 +158,37 @@ def test_one_reward_serves_one_event_loop_after_another() -> None:
         for _ in range(2):
             (score,) = run(reward, lambda reward: reward.score(make_inputs("Anna")))
             assert score.value == 1.0
+
+
+def refusing_bad(request: Any) -> str:
+    if read_fences(request.messages[-1].content)[1]["completion"] == "bad":
+        raise JudgeRefused("no")
+    return verdict_for(request, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("choice", "value", "said"),
+    [
+        ({}, None, "on_completion_fault is not set"),
+        ({"on_completion_fault": "mask"}, None, "the completion made the judge fail: refused"),
+        ({"on_completion_fault": {"penalise": -1.0}}, -1.0, "penalised by the recipe"),
+    ],
+)
+def test_a_completion_that_provokes_a_refusal_gets_what_the_recipe_says(
+    choice: dict[str, Any], value: float | None, said: str
+) -> None:
+    config = JudgeConfig.model_validate(make_params(**choice))
+    reward = Judged(config, client=ScriptedClient(refusing_bad))
+    good, bad = run(reward, lambda reward: reward.score(make_inputs("good", "bad")))
+    assert good.value == 1.0
+    assert bad.value == value
+    assert said in bad.reason
+
+
+def test_a_judge_that_is_down_is_never_penalised() -> None:
+    def down(request: Any) -> str:
+        raise JudgeRejected("HTTP 404: no such model", status=404)
+
+    config = JudgeConfig.model_validate(make_params(on_completion_fault={"penalise": -1.0}))
+    (score,) = run(Judged(config, client=ScriptedClient(down)), lambda reward: reward.score(make_inputs("Anna")))
+    assert score.value is None
