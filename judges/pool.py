@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from judges.asking import Asking
-from judges.audit import AuditRecord
+from judges.audit_record import audit_record
 from judges.cache import request_key
 from judges.clients.base import JudgeClient
 from judges.config import JudgeConfig, Penalise
@@ -378,32 +377,5 @@ class JudgePool:
             self._outcomes["scored" if isinstance(judgement, Scored) else judgement.kind] += 1
             self._counts["completion_faults"] += not isinstance(judgement, Scored) and judgement.fault == "completion"
             if self._audit is not None:
-                await self._audit.append(
-                    replace(_audit_record(request, outcome), judgement_sha256=sha256, rubric_sha256=self._rubric_sha256)
-                )
-
-
-def _audit_record(request: JudgeRequest, outcome: Outcome) -> AuditRecord:
-    judgement, answers = outcome.judgement, outcome.answers
-    is_scored = isinstance(judgement, Scored)
-    last = answers[-1] if answers else None
-    return AuditRecord(
-        id=request.id,
-        criterion=request.criterion,
-        prompt_sha256=last.prompt_sha256 if last else None,
-        raw=judgement.raw if is_scored else last.raw if last else None,
-        outcome="scored" if is_scored else judgement.kind,
-        value=judgement.value if is_scored else None,
-        detail="" if is_scored else judgement.detail,
-        attempts=judgement.attempts,
-        usage=judgement.usage,
-        latency_s=round(max((answer.latency_s for answer in answers), default=0.0), 6),
-        time_s=round(time.time(), 3),
-        cost=judgement.cost,
-        origin=judgement.origin if is_scored else None,
-        endpoint=judgement.endpoint if is_scored else "",
-        disagreement=judgement.disagreement if is_scored else None,
-        fault=None if is_scored else judgement.fault,
-        keys=tuple(answer.key for answer in answers if answer.key is not None),
-        calls=tuple(call for answer in answers for call in answer.calls),
-    )
+                record = audit_record(request, outcome, judgement_sha256=sha256, rubric_sha256=self._rubric_sha256)
+                await self._audit.append(record)
