@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import logging
 import os
 import random
 import warnings
@@ -41,8 +40,6 @@ from grpo.types import Completion, RolloutGroup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 MINIMUM_VERSION = "0.18"
 """The oldest vLLM with per-request arguments for custom processors, reloading in place, and LoRA from tensors."""
@@ -157,6 +154,7 @@ class VllmEngine:
         self._check_room(max((len(prompt.token_ids) for prompt in prompts), default=0), params)
         self._wake()
         engine = self._llm.llm_engine
+        assert not engine.has_unfinished_requests(), "a step of one sampling would take the other's completions"
         rows = self._add_requests(prompts, num_samples, params=params, seed=seed)
         finished: dict[int, dict[int, Completion]] = {}
         try:

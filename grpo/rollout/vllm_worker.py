@@ -75,7 +75,8 @@ class WeightSync:
         mapper: Any = getattr(manager.model, "hf_to_vllm_mapper", None)
         adapter = LoRAModel.from_lora_tensors(
             ADAPTER_ID,
-            dict(tensors),
+            # copies: vLLM multiplies B by alpha / rank in place, and these may be the very parameters that learn
+            {name: tensor.clone() for name, tensor in tensors.items()},
             PEFTHelper.from_dict({"r": rank, "lora_alpha": alpha, "target_modules": []}),
             device="cpu",
             dtype=worker_manager.lora_config.lora_dtype,
