@@ -12,6 +12,9 @@ from typing import Annotated
 
 import typer
 
+from grpo.command_arguments import Overrides, check_writable, recipe_of
+from grpo.judge_commands import judge
+
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
@@ -21,10 +24,7 @@ app = typer.Typer(
     help="GRPO fine-tuning of language models against several objectives.",
 )
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change, such as rollout.group_size=4."),
-]
+app.add_typer(judge, name="judge")
 
 
 @app.command()
@@ -41,7 +41,7 @@ def train(
 
     start_missing_ranks()
 
-    config = load_recipe(_recipe_of(recipe), [*_output_dir_of(recipe, resume=resume), *(overrides or [])])
+    config = load_recipe(recipe_of(recipe), [*_output_dir_of(recipe, resume=resume), *(overrides or [])])
     from grpo.diagnostics.display import make_display
     from grpo.diagnostics.report import write_report
     from grpo.errors import InputError
@@ -94,7 +94,7 @@ def evaluate(
 
     start_missing_ranks()
 
-    _check_writable("--json", json_file)
+    check_writable("--json", json_file)
     with make_display({}, {}) as display:
         result = evaluate_target(target, recipe=recipe, overrides=overrides or [])
         if not _is_main():
@@ -121,9 +121,9 @@ def score(
     from grpo.recipe_loader import load_recipe
     from grpo.score_file import min_valid_shortage, score_file, summarise_scores, write_scores
 
-    config = load_recipe(_recipe_of(recipe), overrides or [])
+    config = load_recipe(recipe_of(recipe), overrides or [])
     for option, path in (("--out", out), ("--json", json_file), ("--audit", audit)):
-        _check_writable(option, path)
+        check_writable(option, path)
     rows = score_file(config, completions.expanduser().absolute(), for_evaluation=eval_rewards, audit_path=audit)
     summary = summarise_scores(rows)
     if out is not None:
@@ -142,24 +142,6 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> Non
     from grpo.diagnostics.report import write_report
 
     typer.echo(str(write_report(run.expanduser().absolute())))
-
-
-def _check_writable(option: str, path: Path | None) -> None:
-    """Before anything is computed: an hour's figures must have where to go."""
-    if path is None:
-        return
-    from grpo.errors import ConfigError
-
-    if path.is_dir():
-        raise ConfigError(f"{option} {path.absolute()} is a folder. Name a file.")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"{option} {path.absolute()}: its folder does not exist. Make it, or name another file.")
-
-
-def _recipe_of(name: str) -> str:
-    """A run directory stands for the config it was started with."""
-    saved = Path(name).expanduser() / "config.yaml"
-    return str(saved) if saved.is_file() else name
 
 
 def _output_dir_of(name: str, *, resume: bool) -> list[str]:

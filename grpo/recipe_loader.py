@@ -82,7 +82,7 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], Path]:
             raise ConfigError(
                 f"no recipe at {path.absolute()}. Give an existing YAML file, or one of {recipe_names()}."
             )
-        values = _parse_yaml(path)
+        values = read_yaml(path)
         return values, Path(str(values.pop("base_dir", path.absolute().parent)))  # a run's config.yaml knows its own
     if name_or_path not in recipe_names():
         close = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
@@ -92,10 +92,11 @@ def _read(name_or_path: str) -> tuple[dict[str, Any], Path]:
             "or give the path of a YAML file."
         )
     with resources.as_file(resources.files("grpo.recipes") / f"{name_or_path}.yaml") as shipped:
-        return _parse_yaml(shipped), Path.cwd()
+        return read_yaml(shipped), Path.cwd()
 
 
-def _parse_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file's keys and values. Raises ConfigError."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)  # a SafeLoader, see _Yaml
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as exc:

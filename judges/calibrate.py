@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeAlias
 
 from judges.config import JudgeConfig
 from judges.errors import JudgeConfigError
+from judges.opening import open_pool
+from judges.prompts import Rubric
 from judges.seams import Judging
 from judges.statistics import (
     Confusion,
@@ -22,7 +24,7 @@ from judges.statistics import (
     score_length_correlation,
 )
 from judges.strict_json import strict_loads
-from judges.types import Judgement, JudgeRequest, Scored
+from judges.types import Failed, Judgement, JudgeRequest, Scored
 
 GoldFormat: TypeAlias = Literal["rows", "halueval"]
 
@@ -77,12 +79,46 @@ class Calibration:
     """Spearman's, with the completion's length in characters."""
     failures: dict[str, int]
     """Judgements without a verdict, of all repeats, by kind."""
+    last_failure: str
+    """The detail of the last of them; "" without one."""
     cost: float | None
     """Money for all judgements; None where it is unknown."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+
+def run_calibration(
+    config: JudgeConfig,
+    rubric: Rubric,
+    rows: Sequence[GoldRow],
+    *,
+    threshold: float | None = None,
+    repeats: int = 1,
+    seed: int = 0,
+) -> Calibration:
+    """`calibrate` with the judge that a config describes, in an event loop of its own.
+
+    Args:
+        threshold: the middle of the judge's scale where None.
+    Raises:
+        JudgeConfigError: a setting is wrong, or the threshold lies outside of the scale.
+        JudgeError: the judge cannot be had.
+    """
+    if threshold is None:
+        threshold = default_threshold(config)
+    if not config.scale.low < threshold <= config.scale.high:
+        raise JudgeConfigError(
+            f"the threshold is {threshold:g}; expected above {config.scale.low:g} and at most {config.scale.high:g}, "
+            "the judge's scale"
+        )
+
+    async def run() -> Calibration:
+        async with open_pool(config, rubric) as pool:
+            return await calibrate(pool, rows, criterion=rubric.name, threshold=threshold, repeats=repeats, seed=seed)
+
+    return asyncio.run(run())
 
 
 async def calibrate(
@@ -142,6 +178,7 @@ def compare(
         [row.is_good(threshold) for row, _ in scored], [score >= threshold for _, score in scored]
     )
     every = [one for repeats in judgements for one in repeats]
+    failed = [one for one in every if isinstance(one, Failed)]
     costs = [one.cost for one in every]
     return Calibration(
         threshold=threshold,
@@ -153,7 +190,8 @@ def compare(
         num_repeats=max((len(repeats) for repeats in judgements), default=0),
         flip_rate=flip_rate([[None if one is None else one >= threshold for one in repeats] for repeats in scores]),
         score_length_correlation=score_length_correlation(firsts, [len(row.completion) for row in rows]),
-        failures=dict(Counter(one.kind for one in every if not isinstance(one, Scored))),
+        failures=dict(Counter(one.kind for one in failed)),
+        last_failure=failed[-1].detail if failed else "",
         cost=None if None in costs else math.fsum(cost for cost in costs if cost is not None),
     )
 
