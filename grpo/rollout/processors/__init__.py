@@ -5,7 +5,7 @@ request), so that the trainer differentiates the law that was sampled from. Know
 """
 
 from grpo.rollout.processors.bans import BannedSequences, MinNewTokens, NoRepeatNgram
-from grpo.rollout.processors.base import Prefix, Processor, marked, occurrences, right_padded
+from grpo.rollout.processors.base import Prefix, Processor, chosen, right_padded
 from grpo.rollout.processors.custom import check_custom_processors, load_processor
 from grpo.rollout.processors.law import build_processors
 from grpo.rollout.processors.penalties import OccurrencePenalties, RepetitionPenalty
@@ -20,8 +20,7 @@ __all__ = [
     "RepetitionPenalty",
     "build_processors",
     "check_custom_processors",
+    "chosen",
     "load_processor",
-    "marked",
-    "occurrences",
     "right_padded",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.rollout.processors.base import Prefix, marked
+from grpo.rollout.processors.base import Prefix, chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,9 +19,9 @@ class MinNewTokens:
 
     def __call__(self, logits: Tensor, prefix: Prefix) -> Tensor:
         """See the class."""
-        tokens = torch.arange(logits.shape[1], device=logits.device)  # [V]
-        is_end = torch.isin(tokens, torch.tensor(self.end_token_ids, device=logits.device))
-        return logits.masked_fill((prefix.lengths < self.count)[:, None] & is_end, -torch.inf)
+        is_early = (prefix.lengths < self.count)[:, None].expand(-1, len(self.end_token_ids))  # [N, E]
+        ends = torch.tensor(self.end_token_ids, device=logits.device).expand_as(is_early)
+        return _ruled_out(logits, ends, is_early)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,19 +33,21 @@ class BannedSequences:
     """
 
     sequences: tuple[tuple[int, ...], ...]
-    """Each of at least one token."""
+    """One at least, each of at least one token."""
 
     def __call__(self, logits: Tensor, prefix: Prefix) -> Tensor:
         """See the class."""
-        banned = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)  # [N, V]
+        lasts: list[Tensor] = []
+        are_met: list[Tensor] = []
         for length in sorted({len(sequence) for sequence in self.sequences}):
             same = [sequence for sequence in self.sequences if len(sequence) == length]
             table = torch.tensor(same, device=logits.device)  # [S, length]
             is_met = (prefix.lengths >= length - 1)[:, None].expand(-1, len(same))  # [N, S]
             for back in range(1, length):
                 is_met = is_met & (prefix.recent(back) == table[:, -1 - back])
-            banned = banned | marked(table[:, -1].expand_as(is_met), is_met, logits.shape[1])
-        return logits.masked_fill(banned, -torch.inf)
+            lasts.append(table[:, -1].expand_as(is_met))
+            are_met.append(is_met)
+        return _ruled_out(logits, torch.cat(lasts, dim=1), torch.cat(are_met, dim=1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,4 +69,9 @@ class NoRepeatNgram:
         for back in range(1, self.size):  # its tokens before the last are those before the position
             start = self.size - 1 - back
             is_repeat = is_repeat & (prefix.token_ids[:, start : start + num_windows] == prefix.recent(back))
-        return logits.masked_fill(marked(prefix.token_ids[:, self.size - 1 :], is_repeat, logits.shape[1]), -torch.inf)
+        return _ruled_out(logits, prefix.token_ids[:, self.size - 1 :], is_repeat)
+
+
+def _ruled_out(logits: Tensor, token_ids: Tensor, where: Tensor) -> Tensor:
+    """[N, V] logits, -inf at those of token_ids [N, M] whose entry of where [N, M] is true."""
+    return logits.index_put(chosen(token_ids, where, logits.shape[1]), logits.new_tensor(-torch.inf))

@@ -76,19 +76,14 @@ class Processor(Protocol):
         ...
 
 
-def marked(token_ids: Tensor, counts: Tensor, vocab_size: int) -> Tensor:
-    """[N, V] bool: the tokens among token_ids [N, L] whose entry counts [N, L] bool."""
-    # one column more, cut off, for what does not count and for ids that a smaller head has no logit of: so no entry is
-    # written with two values, whose order would decide
-    flags = torch.zeros(len(token_ids), vocab_size + 1, dtype=torch.bool, device=token_ids.device)
-    return flags.scatter_(1, token_ids.where(counts, vocab_size).clamp(max=vocab_size), True)[:, :vocab_size]
+def chosen(token_ids: Tensor, counts: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """rows [M] and tokens [M] of the entries of token_ids [N, L] that count [N, L] bool, repetitions included.
 
-
-def occurrences(token_ids: Tensor, counts: Tensor, vocab_size: int) -> Tensor:
-    """[N, V] float32: how often each token is among the entries of token_ids [N, L] that count [N, L] bool."""
-    times = torch.zeros(len(token_ids), vocab_size + 1, device=token_ids.device)  # one column more: see marked
-    ids = token_ids.where(counts, vocab_size).clamp(max=vocab_size)
-    return times.scatter_add_(1, ids, counts.to(times.dtype))[:, :vocab_size]
+    Ids that the head has no logit of are left out: an embedding may be larger than the head. Changing logits at these
+    places alone is one pass over [N, V]; masks and counts over the vocabulary would be one each.
+    """
+    rows, places = (counts & (token_ids < vocab_size)).nonzero(as_tuple=True)
+    return rows, token_ids[rows, places]
 
 
 def right_padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

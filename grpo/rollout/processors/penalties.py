@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo.config.rollout import PenaltyScope
-from grpo.rollout.processors.base import Prefix, marked, occurrences
+from grpo.rollout.processors.base import Prefix, chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,12 +24,10 @@ class RepetitionPenalty:
 
     def __call__(self, logits: Tensor, prefix: Prefix) -> Tensor:
         """See the class."""
-        has_occurred = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)  # [N, V]
-        for token_ids, counts in prefix.parts(self.over):
-            has_occurred = has_occurred | marked(token_ids, counts, logits.shape[1])
-        # dense: gathering and scattering the tokens would count the gradient of one that occurred twice double
-        penalised = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
-        return torch.where(has_occurred, penalised, logits)
+        rows, tokens, _ = _occurred(prefix, self.over, logits.shape[1])
+        values = logits[rows, tokens]  # [M]
+        penalised = torch.where(values > 0, values / self.penalty, values * self.penalty)
+        return logits.index_put((rows, tokens), penalised)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +43,15 @@ class OccurrencePenalties:
 
     def __call__(self, logits: Tensor, prefix: Prefix) -> Tensor:
         """See the class."""
-        parts = [occurrences(token_ids, counts, logits.shape[1]) for token_ids, counts in prefix.parts(self.over)]
-        times = (parts[0] if len(parts) == 1 else parts[0] + parts[1]).to(logits.dtype)  # [N, V]
-        return logits - self.frequency * times - self.presence * (times > 0)
+        rows, tokens, times = _occurred(prefix, self.over, logits.shape[1])
+        penalised = logits[rows, tokens] - self.frequency * times.to(logits.dtype) - self.presence  # [M]
+        return logits.index_put((rows, tokens), penalised)
+
+
+def _occurred(prefix: Prefix, over: PenaltyScope, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """rows [M], tokens [M], times [M]: every token that occurred, once a row, and how often it did."""
+    found = [chosen(token_ids, counts, vocab_size) for token_ids, counts in prefix.parts(over)]
+    every = torch.cat([rows * vocab_size + tokens for rows, tokens in found])  # [E] places in [N, V] laid flat
+    # each token once: twice in the list, it would get its gradient twice
+    places, times = torch.unique(every, return_counts=True)
+    return places // vocab_size, places % vocab_size, times
