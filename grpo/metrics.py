@@ -34,6 +34,12 @@ CORRECTION_MASKED_FRAC = "sampler/correction_masked_frac"
 ENTROPY_COEFFICIENT = "entropy/coefficient"
 SKIPPED = "update/skipped"
 RESAMPLED_GROUPS = "groups/resampled"
+JUDGE_CALLS = "judge/calls"
+JUDGE_EXTRA_CALLS = "judge/extra_calls"
+"""Of the calls: retries and hedges."""
+JUDGE_COST = "judge/cost"
+"""Money known to be spent."""
+JUDGE_BREAKER_OPENED = "judge/breaker_opened"
 PROMPT_TOKENS = "tokens/prompt"
 COMPLETION_TOKENS = "tokens/completion"
 PEAK_MEMORY_BYTES = "memory/peak_bytes"
@@ -53,6 +59,21 @@ def reward_std_name(objective: str) -> str:
 
 def unscored_frac_name(objective: str) -> str:
     return f"reward/{objective}/unscored_frac"
+
+
+def length_correlation_name(objective: str) -> str:
+    """Spearman's rank correlation of scores with lengths in tokens."""
+    return f"reward/{objective}/length_correlation"
+
+
+def judge_failed_name(kind: str) -> str:
+    """Judgements that failed in this way."""
+    return f"judge/failed/{kind}"
+
+
+def judge_count_name(what: str) -> str:
+    """Such as "cached" or "shared": questions that cost no call."""
+    return f"judge/{what}"
 
 
 def kl_name(objective: str) -> str:

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from grpo.errors import ConfigError
+from grpo.judge_figures import JudgeFigures
 from grpo.objectives import Objective, WeightedReward
 from grpo.types import RolloutGroup, ScoredGroup, Verdict
 from rewards.base import begin_step, check_reward_ready, close_reward, score_group
@@ -31,6 +32,7 @@ class Scorer:
 
     def __init__(self, objectives: Sequence[Objective]) -> None:
         self._objectives = {objective.name: objective for objective in objectives}
+        self._figures = JudgeFigures()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="grpo-scoring", daemon=True)
         self._thread.start()
@@ -56,6 +58,10 @@ class Scorer:
         """Tell the rewards that what is submitted from now on belongs to this training step."""
         for reward in self._all_rewards():
             begin_step(reward.reward, step)
+
+    def take_judge_figures(self) -> dict[str, float]:
+        """Metric name -> what judges did since the last call; empty where there are none."""
+        return self._figures.take(reward.reward for reward in self._all_rewards())
 
     def submit(self, group: RolloutGroup, *, objectives: Sequence[str] | None = None) -> Future[ScoredGroup]:
         """Begin to score one group. Args: objectives: these only; all of the prompt's where None."""
@@ -144,6 +150,7 @@ class PendingScores:
 def reward_inputs(group: RolloutGroup) -> list[RewardInput]:
     """What the rewards are told about a group: one input per completion."""
     prompt = group.prompt
+    messages = tuple({"role": message.role, "content": message.content} for message in prompt.messages)
     return [
         RewardInput(
             prompt_id=prompt.id,
@@ -153,6 +160,9 @@ def reward_inputs(group: RolloutGroup) -> list[RewardInput]:
             num_tokens=len(completion.token_ids),
             finish_reason=completion.finish_reason,
             meta=prompt.meta,
+            messages=messages,
+            # a file's completions have places for their tokens, but were not sampled here
+            token_ids=completion.token_ids if completion.sampler_logprobs else None,
         )
         for completion in group.completions
     ]

@@ -13,6 +13,7 @@ from grpo.collection import Collected
 from grpo.errors import NonFiniteUpdate
 from grpo.types import Completion, ScoredGroup
 from grpo.update.step import NonFiniteStep, UpdateStats
+from judges.statistics import score_length_correlation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +40,14 @@ def report_step(
     *,
     seconds: Mapping[str, float],
     peak_bytes: int,
+    judge_figures: Mapping[str, float] | None = None,
     short: str = "",
 ) -> StepReport:
     """Collect a step's figures, over all ranks.
 
     Args:
         seconds: stage -> time on this one.
+        judge_figures: metric name -> what judges did in this step, on all ranks.
         short: why there was too little to take a step on; empty where one was taken.
     """
     groups = collected.groups
@@ -72,6 +75,7 @@ def report_step(
     row[names.COMPLETION_TOKENS] = sum(len(c.token_ids) for group in sampled for c in group.rollout.completions)
     row.update({names.time_name(stage): value for stage, value in seconds.items()})
     row[names.PEAK_MEMORY_BYTES] = peak_bytes
+    row.update(judge_figures or {})
     return StepReport(
         step=step,
         row=row,
@@ -128,9 +132,23 @@ def _reward_figures(groups: Sequence[ScoredGroup], batch: TrainBatch) -> dict[st
             spread = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
             figures[names.reward_mean_name(name)] = mean
             figures[names.reward_std_name(name)] = spread**0.5
+        correlation = score_length_correlation(*_scores_and_lengths(groups, name))
+        if correlation is not None:
+            figures[names.length_correlation_name(name)] = correlation
     asked = sum(len(group.rollout.prompt.objectives) for group in groups)
     figures[names.ZERO_VARIANCE_FRAC] = float(batch.advantages.is_flat.sum()) / max(asked, 1)
     return figures
+
+
+def _scores_and_lengths(groups: Sequence[ScoredGroup], objective: str) -> tuple[list[float | None], list[int]]:
+    """Of the objective's completions: the values, None where one is missing, and the tokens."""
+    pairs = [
+        (verdicts[objective].value, len(completion.token_ids))
+        for group in groups
+        for completion, verdicts in zip(group.rollout.completions, group.verdicts, strict=True)
+        if objective in verdicts
+    ]
+    return [value for value, _ in pairs], [length for _, length in pairs]
 
 
 def _unscored_figures(groups: Sequence[ScoredGroup], objectives: Sequence[str]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from grpo.collection import collect
 from grpo.config import RunConfig, WarmupConfig
 from grpo.errors import CheckpointError, ConfigError, RunStopped
 from grpo.evaluate import Answer, bias_of, compare, evaluate, examples, summarise
+from grpo.judge_figures import added_up
 from grpo.preflight import RunParts, open_run
 from grpo.rollout.canary import check_engine_follows
 from grpo.run_directory import RunDirectory
@@ -162,8 +163,18 @@ class Trainer:
         stopwatch.add("judge", collected.judge_seconds)
         if stats.skipped is not None:
             dump_batch(self._directory.path, step, batch, stats.skipped, rank=self._ranks.index)
+        judge_figures = added_up(self._ranks.gather([parts.scorer.take_judge_figures()]))
         peak = max(self._ranks.gather([peak_memory_bytes(parts.policy.device)]))
-        return report_step(step, collected, batch, stats, seconds=stopwatch.elapsed, peak_bytes=peak, short=short)
+        return report_step(
+            step,
+            collected,
+            batch,
+            stats,
+            seconds=stopwatch.elapsed,
+            peak_bytes=peak,
+            judge_figures=judge_figures,
+            short=short,
+        )
 
     def _pause(self) -> bool:
         """Before missing verdicts are asked for again. False: the person wants to stop."""

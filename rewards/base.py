@@ -69,7 +69,9 @@ async def score_group(reward: AnyReward, inputs: Sequence[RewardInput]) -> list[
     if not inputs:
         return []
     try:
-        answer = await _call(reward, list(inputs))  # a copy: a reward that mutates its list must not shift the scores
+        answer = await call_reward(
+            reward, list(inputs)
+        )  # a copy: a reward that mutates its list must not shift the scores
     except Exception as exc:  # noqa: BLE001  # any failure of foreign code is a missing score, never a number
         return _all_missing(inputs, describe_exception(exc))
     problem = _shape_problem(answer, num_expected=len(inputs))
@@ -111,7 +113,8 @@ def describe_exception(exc: BaseException) -> str:
     return _shortened(f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__)
 
 
-async def _call(reward: AnyReward, inputs: list[RewardInput]) -> Any:
+async def call_reward(reward: AnyReward, inputs: list[RewardInput]) -> Any:
+    """Whatever the reward answers or raises, unchecked; `score_group` is what a run calls."""
     function = _function_of(reward)
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         return await function(inputs)

@@ -20,6 +20,8 @@ from rewards.config import RewardSpec
 from rewards.errors import RewardConfigError, RewardError
 
 ENTRY_POINT_GROUP = "grpo.rewards"
+TRL_PREFIX = "trl:"
+"""Before `package.module:function`: a reward function as TRL's trainers take it; see `rewards.trl_functions`."""
 
 BUILTIN_REWARDS: Mapping[str, str] = {
     "abstention_penalty": "rewards.abstention_penalty:AbstentionPenalty",
@@ -53,6 +55,8 @@ def build_reward(spec: RewardSpec, context: RewardContext) -> AnyReward:
     Raises:
         RewardConfigError: the name leads nowhere, or a parameter is unknown, missing or of the wrong kind.
     """
+    if spec.name.startswith(TRL_PREFIX):
+        return _import(spec.name, "rewards.trl_functions:TrlReward").from_spec(spec, context)
     target = _find(spec.name, context)
     if hasattr(target, "from_params"):
         return _built(spec, lambda: target.from_params(spec.params, context))
@@ -96,19 +100,31 @@ def _find(name: str, context: RewardContext) -> Any:
     if name in installed:
         return _load(installed[name])
     if ":" in name:
-        make_local_module_importable(name.partition(":")[0], context.base_dir)
-        return _import(name, name)
+        return find_by_path(name, context)
     raise RewardConfigError(
         f"there is no reward {name!r}{nearest(name, {*BUILTIN_REWARDS, *installed})}. "
         f"Built in: {', '.join(BUILTIN_REWARDS)}. Installed: {', '.join(sorted(installed)) or 'none'}. "
-        "Your own is named package.module:name."
+        "Your own is named package.module:name, one made for TRL trl:package.module:name."
     )
+
+
+def find_by_path(path: str, context: RewardContext, *, shown_as: str = "") -> Any:
+    """What `package.module:name` leads to; the module may lie beside the recipe.
+
+    Args:
+        shown_as: the name as the recipe has it, for messages; `path` where empty.
+    Raises:
+        RewardConfigError: it leads nowhere.
+    """
+    make_local_module_importable(path.partition(":")[0], context.base_dir)
+    return _import(shown_as or path, path)
 
 
 def _import(name: str, path: str) -> Any:
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
-        raise RewardConfigError(f"reward {name!r} must read package.module:name.")
+        prefix = TRL_PREFIX if name.startswith(TRL_PREFIX) else ""
+        raise RewardConfigError(f"reward {name!r} must read {prefix}package.module:name.")
     try:
         module = importlib.import_module(module_name)
     except Exception as exc:

@@ -25,6 +25,10 @@ class RewardInput:
     """"length" means cut at max_new_tokens."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """The dataset's other columns, such as "kind" or "choices"."""
+    messages: tuple[Mapping[str, str], ...] = ()
+    """The whole chat, each turn a "role" and a "content"; empty where only `prompt` is known."""
+    token_ids: tuple[int, ...] | None = None
+    """[T] the sampled tokens, end token included; None where only the text is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Logits -> one token per row and its log-probability, under temperature, top-k, top-p and min-p.
 
 The kept set is `replay.kept_tokens`' own, found among the likeliest few instead of by sorting the vocabulary. Where
-top-p cuts through tokens that tie exactly, as many of them stay as there; which ones, torch's sort leaves open, and
-here it is those with the higher ids. Knows tensors; knows no model and no transformers.
+top-p cuts through tokens that tie exactly, those with the higher ids stay, there as here. Knows tensors;
+knows no model and no transformers.
 """
 
 from __future__ import annotations

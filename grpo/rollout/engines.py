@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from grpo.config import RunConfig, VllmEngineConfig
+from grpo.config import RunConfig, VllmEngineConfig, VllmServerConfig
+from grpo.errors import ConfigError
 from grpo.rollout.base import RolloutEngine, SamplingParams
 from grpo.runtime.models import resolve_model
 from grpo.runtime.policy import Policy
@@ -20,6 +21,10 @@ def check_engine(config: RunConfig) -> None:
     Raises:
         ConfigError: it is not, or it is too old.
     """
+    if isinstance(config.rollout.engine, VllmServerConfig):
+        raise ConfigError(
+            "rollout.engine.type is vllm_server, which this version cannot use yet. Set it to vllm or transformers."
+        )
     if isinstance(config.rollout.engine, VllmEngineConfig):
         from grpo.rollout.vllm_engine import check_installed
 

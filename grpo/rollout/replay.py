@@ -130,9 +130,9 @@ def _unpacked(packed: Tensor, width: int) -> Tensor:
 def kept_tokens(scaled: Tensor, params: SamplingParams) -> Tensor:
     """[C, V] bool: what top-k, then top-p, then min-p keep of logits that the temperature has divided already.
 
-    The order and the ties are transformers': a token stays while the mass of the strictly more likely ones,
-    renormalised over what top-k left, is below top_p. min-p compares with the likeliest token, so what the other two
-    dropped does not matter to it.
+    The order is transformers': a token stays while the mass of the more likely ones, renormalised over what top-k
+    left, is below top_p. Where top-p cuts through tokens that tie, those with the higher ids stay, as in the engine's
+    own drawing. min-p compares with the likeliest token, so what the other two dropped does not matter to it.
     """
     kept = torch.ones_like(scaled, dtype=torch.bool)
     if params.top_k > 0:
@@ -140,7 +140,7 @@ def kept_tokens(scaled: Tensor, params: SamplingParams) -> Tensor:
         kept = scaled >= scaled.topk(k, dim=-1).values[:, -1:]
     if params.top_p < 1:
         left = scaled.masked_fill(~kept, -torch.inf)
-        ascending, order = left.sort(dim=-1)
+        ascending, order = left.sort(dim=-1, stable=True)
         cumulative = ascending.softmax(dim=-1).cumsum(dim=-1)
         drop = cumulative <= 1 - params.top_p
         drop[:, -1:] = False

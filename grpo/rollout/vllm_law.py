@@ -20,6 +20,9 @@ WORKER_EXTENSION = "grpo.rollout.vllm_worker.WeightSync"
 """For `LLM(worker_extension_cls=...)` and `--worker-extension-cls`."""
 LAW_KEY = "grpo_law"
 """Of a request's `extra_args` (over HTTP: `vllm_xargs`)."""
+PROCESSORS_VARIABLE = "GRPO_VLLM_PROCESSORS"
+"""Environment variable of a server: the processors of one's own that requests may name, separated by commas. Without
+it none: a name is imported and called, and requests may come from anywhere."""
 LOWEST_TEMPERATURE = 0.01
 """vLLM raises lower ones to this with a warning; 0 is greedy."""
 

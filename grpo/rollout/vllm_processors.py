@@ -28,13 +28,9 @@ from grpo.errors import ConfigError
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.processors import Prefix, Processor, build_processors, right_padded
 from grpo.rollout.replay import kept_tokens
-from grpo.rollout.vllm_law import LAW_KEY, law_of, needs_own_filters
+from grpo.rollout.vllm_law import LAW_KEY, PROCESSORS_VARIABLE, law_of, needs_own_filters
 
-ALLOWED_VARIABLE = "GRPO_VLLM_PROCESSORS"
-"""Environment variable of a server: the processors of one's own that requests may name, separated by commas. Without
-it none: a name is imported and called, and requests may come from anywhere."""
-
-_allowed = {path for path in os.environ.get(ALLOWED_VARIABLE, "").split(",") if path}
+_allowed = {path for path in os.environ.get(PROCESSORS_VARIABLE, "").split(",") if path}
 
 
 def allow_custom(paths: Iterable[str]) -> None:
@@ -162,7 +158,7 @@ def _law(text: str) -> tuple[Processor, ...]:
     if refused:
         raise ConfigError(
             f"the processor {refused[0]!r} is not among those that requests may name here. Name it in the server's "
-            f"environment: {ALLOWED_VARIABLE}={refused[0]}"
+            f"environment: {PROCESSORS_VARIABLE}={refused[0]}"
         )
     own_filters = [_Filters(params=params)] if needs_own_filters(params) else []
     return (*build_processors(params), *own_filters)

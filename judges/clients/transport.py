@@ -1,6 +1,6 @@
 """An httpx transport that connects only to checked addresses and reads only so much. Knows no judges and no JSON.
 
-httpx's own transport takes no network backend, so this one puts its connection pool (httpcore, httpx's own core) behind
+httpx's own transport takes no network backend, so this one puts connections of httpcore, httpx's own core, behind
 httpx's interface. The address is checked where the socket is opened, on what the resolver has said for that very
 connection: a name that resolves to something else a moment later gains nothing.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
@@ -22,7 +23,8 @@ from judges.errors import JudgeRejected
 
 MAX_WIRE_BYTES = (1 << 20) + (1 << 18)
 """Bytes that one answer may have on the wire: its body's cap, and 256 KiB for headers and framing."""
-READ_BYTES = 64 * 1024
+KEEPALIVE_S = 5.0
+"""An idle connection is closed after so long: servers and what lies between them close theirs without a word."""
 
 Resolve: TypeAlias = Callable[[str, int], Awaitable[list[str]]]
 """(host, port) -> IP addresses, the preferred one first."""
@@ -35,44 +37,82 @@ async def resolve_host(host: str, port: int) -> list[str]:
 
 
 class CheckedTransport(httpx.AsyncBaseTransport):
-    """Owns a pool of HTTP/1.1 connections to addresses within `scope`. No proxy, no redirect, no retry of its own."""
+    """Owns HTTP/1.1 connections to one origin, at addresses within `scope`. No proxy, no redirect, no retry of its own.
+
+    httpcore's own pool looks at every connection, in a loop over every connection, at each call: with 64 in flight that
+    costs milliseconds a call. With one origin, and the judge pool to bound them, a stack of idle ones is enough.
+    """
 
     def __init__(self, *, scope: Scope, ssl_context: ssl.SSLContext | None, resolve: Resolve) -> None:
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=ssl_context,
-            max_connections=None,  # the judge pool bounds concurrency
-            max_keepalive_connections=None,
-            keepalive_expiry=5.0,
-            network_backend=_CheckedBackend(scope=scope, resolve=resolve),
-        )
+        self._ssl_context = ssl_context
+        self._backend = _CheckedBackend(scope=scope, resolve=resolve)
+        self._idle: deque[httpcore.AsyncHTTPConnection] = deque()  # the one that was used last is taken first
+        self._in_use: set[httpcore.AsyncHTTPConnection] = set()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         assert isinstance(request.stream, httpx.AsyncByteStream)
         url = request.url
-        with _as_httpx_errors():
-            response = await self._pool.handle_async_request(
-                httpcore.Request(
-                    method=request.method,
-                    url=httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
-                    headers=request.headers.raw,
-                    content=request.stream,
-                    extensions=request.extensions,
-                )
-            )
+        sent = httpcore.Request(
+            method=request.method,
+            url=httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
+            headers=request.headers.raw,
+            content=request.stream,
+            extensions=request.extensions,
+        )
+        connection = await self._connection(sent.url.origin)
+        try:
+            with _as_httpx_errors():
+                response = await connection.handle_async_request(sent)
+        except BaseException:
+            await self._put_back(connection)
+            raise
         return httpx.Response(
             status_code=response.status,
             headers=response.headers,
-            stream=_Body(response),
+            stream=_Body(response, on_end=lambda: self._put_back(connection)),
             extensions=response.extensions,
         )
 
     async def aclose(self) -> None:
-        await self._pool.aclose()
+        connections = [*self._idle, *self._in_use]
+        self._idle.clear()
+        self._in_use.clear()
+        for connection in connections:
+            await connection.aclose()
+
+    async def _connection(self, origin: httpcore.Origin) -> httpcore.AsyncHTTPConnection:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.can_handle_request(origin) and not connection.has_expired():
+                break
+            await connection.aclose()
+        else:
+            connection = httpcore.AsyncHTTPConnection(
+                origin=origin,
+                ssl_context=self._ssl_context,
+                keepalive_expiry=KEEPALIVE_S,
+                network_backend=self._backend,
+            )
+        self._in_use.add(connection)
+        return connection
+
+    async def _put_back(self, connection: httpcore.AsyncHTTPConnection) -> None:
+        """A call has ended: its connection waits for the next one, or is closed where it broke or left half read."""
+        if connection not in self._in_use:
+            return  # closed with the transport
+        self._in_use.discard(connection)
+        if connection.is_idle() and not connection.is_closed():
+            self._idle.append(connection)
+        else:
+            await connection.aclose()
+        while self._idle and self._idle[0].has_expired():
+            await self._idle.popleft().aclose()
 
 
 class _Body(httpx.AsyncByteStream):
-    def __init__(self, response: httpcore.Response) -> None:
+    def __init__(self, response: httpcore.Response, *, on_end: Callable[[], Awaitable[None]]) -> None:
         self._response = response
+        self._on_end = on_end
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         with _as_httpx_errors():
@@ -80,7 +120,10 @@ class _Body(httpx.AsyncByteStream):
                 yield part
 
     async def aclose(self) -> None:
-        await self._response.aclose()
+        try:
+            await self._response.aclose()
+        finally:
+            await self._on_end()
 
 
 class _CheckedBackend(httpcore.AsyncNetworkBackend):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 from judges.config import AdaptiveConcurrency
 
@@ -97,7 +98,8 @@ class Slots:
             await waiter
         except asyncio.CancelledError:
             if waiter.cancelled():
-                self._waiters.remove(waiter)
+                with suppress(ValueError):  # passed over already
+                    self._waiters.remove(waiter)
             else:
                 self.release()  # it was handed over in the very moment we were cancelled
             raise
@@ -109,11 +111,11 @@ class Slots:
 
     def hand_out(self) -> None:
         """Wake as many waiters as there is room for: after a release, or after the limit has grown."""
-        waiting = [waiter for waiter in self._waiters if not waiter.done()]
-        for waiter in waiting[: max(0, self._limit.limit - self.in_flight)]:
-            self._waiters.remove(waiter)
-            self._take()
-            waiter.set_result(None)
+        while self._waiters and self.in_flight < self._limit.limit:
+            waiter = self._waiters.popleft()
+            if not waiter.done():  # a cancelled one takes none
+                self._take()
+                waiter.set_result(None)
 
     def _take(self) -> None:
         self.in_flight += 1

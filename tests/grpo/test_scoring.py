@@ -81,6 +81,8 @@ def test_a_reward_is_told_the_last_user_message_and_what_the_dataset_knows() -> 
         num_tokens=2,
         finish_reason="stop",
         meta={"kind": "hard"},
+        messages=({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}),
+        token_ids=(0, 1),
     )
 
 

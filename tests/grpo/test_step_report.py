@@ -109,3 +109,13 @@ def test_the_share_that_ended_by_each_token_is_told_and_sums_to_one_with_the_tru
     assert row["completion/truncated_frac"] == pytest.approx(1 / 6)
     assert row["completion/end_token/5"] == pytest.approx(1 / 6)
     assert row["completion/end_token/2"] == pytest.approx(4 / 6)
+
+
+def test_a_reward_that_likes_length_shows_in_the_correlation_of_scores_and_tokens() -> None:
+    group = make_group([{"a": 0.1}, {"a": 0.2}, {"a": None}, {"a": 0.9}], lengths=[2, 3, 9, 5], seed=1)
+    collected = Collected(groups=(group,), own=(0,), discarded=(), judge_seconds=0.0)
+    report = report_step(
+        1, collected, make_batch([group]), STATS, seconds={}, peak_bytes=0, judge_figures={"judge/calls": 4}
+    )
+    assert report.row["reward/a/length_correlation"] == pytest.approx(1.0)  # ranks agree; the missing one is left out
+    assert report.row["judge/calls"] == 4
