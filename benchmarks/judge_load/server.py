@@ -64,10 +64,8 @@ class MeasuredJudge:
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
-                length = next(
-                    (int(line[15:]) for line in head.split(b"\r\n") if line.startswith(b"content-length:")), 0
-                )
-                body = await reader.readexactly(length)
+                lengths = [line[15:] for line in head.split(b"\r\n") if line.startswith(b"content-length:")]
+                body = await reader.readexactly(int(lengths[0]) if lengths else 0)
                 if head.startswith(b"get /v1/log"):
                     await self._send(writer, 200, self.log)
                 elif head.startswith(b"get"):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from grpo.config import RunConfig, VllmEngineConfig, VllmServerConfig
 from grpo.errors import ConfigError
 from grpo.rollout.base import RolloutEngine, SamplingParams
+from grpo.runtime.distributed import Ranks
 from grpo.runtime.models import resolve_model
 from grpo.runtime.policy import Policy
 from grpo.runtime.seeding import derived_seed
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def check_engine(config: RunConfig) -> None:
-    """What can be known of the engine before the weights are read: that it is installed.
+    """What can be known of the engine before the weights are read: that it is installed, or that its servers answer.
 
     Raises:
-        ConfigError: it is not, or it is too old.
+        ConfigError: it is not, it is too old, or a server was not started for this.
     """
     if isinstance(config.rollout.engine, VllmServerConfig):
         raise ConfigError(
@@ -29,6 +30,10 @@ def check_engine(config: RunConfig) -> None:
         from grpo.rollout.vllm_engine import check_installed
 
         check_installed()
+    if isinstance(config.rollout.engine, VllmServerConfig):
+        from grpo.rollout.vllm_server import check_servers
+
+        check_servers(config.rollout.engine, max_new_tokens=config.rollout.max_new_tokens)
 
 
 def open_engine(
@@ -54,6 +59,11 @@ def open_engine(
             max_rows=rollout.max_rows,
             seed=derived_seed(config.seed, "engine"),
         )
+    if isinstance(rollout.engine, VllmServerConfig):
+        from grpo.rollout.vllm_server import VllmServerEngine
+
+        ranks = Ranks(use_cpu=config.device == "cpu")  # joined already
+        return VllmServerEngine(policy, tokenizer, rollout.engine, params=params, ranks=ranks)
     from grpo.rollout.transformers_engine import TransformersEngine
 
     return TransformersEngine(policy, tokenizer, max_rows=rollout.max_rows, max_batch_tokens=rollout.max_batch_tokens)

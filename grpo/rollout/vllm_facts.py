@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
+
+from grpo.errors import ConfigError
+from grpo.rollout.vllm_law import PROCESSOR
 
 SERVER_EXTENSION = "grpo.rollout.vllm_server_worker.ServerWeightSync"
 """For a server's `--worker-extension-cls`."""
@@ -37,3 +42,52 @@ def shape_of(config: Any) -> dict[str, Any]:
     """What two models of one architecture and size share, from a transformers config."""
     text = config.get_text_config()
     return {key: getattr(text, key, None) for key in _SHAPE_KEYS}
+
+
+def check_facts(facts: ServerFacts, *, url: str, max_new_tokens: int) -> None:
+    """Raises ConfigError for a server that samples otherwise than a run needs, or has no room for a completion."""
+    if facts.logprobs_mode != "processed_logprobs" or PROCESSOR not in facts.logits_processors:
+        raise ConfigError(
+            f"{url} answers {facts.logprobs_mode} with the logits processors {list(facts.logits_processors)}; expected "
+            f"processed_logprobs with {PROCESSOR}. Start it with python -m grpo.rollout.vllm_serve."
+        )
+    if facts.max_model_len <= max_new_tokens:
+        raise ConfigError(
+            f"{url} has room for {facts.max_model_len} tokens, too short for a prompt and rollout.max_new_tokens = "
+            f"{max_new_tokens}. Start it with a higher --max-model-len, or set rollout.max_new_tokens lower."
+        )
+
+
+def check_shape(facts: ServerFacts, config: Any, *, dtype: str, url: str) -> None:
+    """Raises ConfigError for a server with another model than the one of this transformers config, or another dtype."""
+    own = shape_of(config)
+    differing = {key: (facts.shape.get(key), value) for key, value in own.items() if facts.shape.get(key) != value}
+    if differing:
+        told = ", ".join(f"{key} {theirs} where the recipe's has {ours}" for key, (theirs, ours) in differing.items())
+        raise ConfigError(f"{url} serves another model than the recipe's: {told}. Start it with the recipe's model.")
+    if facts.dtype != dtype:
+        raise ConfigError(
+            f"{url} computes in {facts.dtype}, the trainer in {dtype}: their log-probabilities would differ. Start it "
+            f"with --dtype {dtype}, or set dtype in the recipe."
+        )
+
+
+def server_url(url: str) -> str:
+    """Without a slash or /v1 at its end. Raises ConfigError where it is no URL of a server."""
+    try:
+        parts = urlsplit(url)
+        is_server = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_server = False
+    if not is_server or parts.username is not None or parts.query or parts.fragment:
+        raise ConfigError("rollout.engine.urls must look like http://127.0.0.1:8000, without credentials or a query.")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def is_loopback(url: str) -> bool:
+    """Whether it names this machine itself."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -23,6 +23,7 @@ class Keeper:
         self.writers: set[asyncio.StreamWriter] = set()
         self.status = 200
         self.delay_s = 0.0
+        self.was_asked = asyncio.Event()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
@@ -31,6 +32,7 @@ class Keeper:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
                 await reader.readexactly(int(head.partition(b"content-length: ")[2].split(b"\r\n")[0]))
+                self.was_asked.set()
                 await asyncio.sleep(self.delay_s)
                 choice = {"message": {"content": "Anna"}, "finish_reason": "stop"}
                 body = json.dumps({"choices": [choice]}).encode()
@@ -112,9 +114,7 @@ def test_a_cancelled_call_takes_its_connection_with_it() -> None:
         async with keeping() as (keeper, client):
             keeper.delay_s = 60.0
             call = asyncio.create_task(client.complete(REQUEST))
-            while not keeper.writers:
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.02)
+            await keeper.was_asked.wait()
             call.cancel()
             await asyncio.gather(call, return_exceptions=True)
             keeper.delay_s = 0.0
@@ -129,9 +129,7 @@ def test_closing_the_client_closes_connections_in_use_too() -> None:
         async with keeping() as (keeper, client):
             keeper.delay_s = 60.0
             call = asyncio.create_task(client.complete(REQUEST))
-            while not keeper.writers:
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.02)
+            await keeper.was_asked.wait()
             await client.aclose()
             async with asyncio.timeout(2.0):
                 with pytest.raises(JudgeFailure):

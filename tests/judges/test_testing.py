@@ -95,11 +95,6 @@ def raise_foreign_error(request: ChatRequest) -> ChatReply:
     raise KeyError("choices")
 
 
-def block(request: ChatRequest) -> ChatReply:
-    time.sleep(0.06)
-    return reply_of(request)
-
-
 async def swallow_cancelling(request: ChatRequest) -> ChatReply:
     while True:
         try:
@@ -148,16 +143,17 @@ def test_a_client_that_mixes_its_replies_up_is_found_out() -> None:
         last.append(verdict_for(request, 1.0))
         return last[-2] if len(last) > 1 else last[-1]
 
-    words = problems_of(ScriptedClient(script), config=make_config(attempts=1))
-    assert "no harmless text was scored" in words or "must get" in words
+    assert "a reply answers another call" in problems_of(ScriptedClient(script))
 
 
 def test_a_client_that_holds_up_the_loop_is_found_out() -> None:
+    blocks = [0.6]
+
     def block(request: ChatRequest) -> ChatReply:
-        time.sleep(0.6)
+        time.sleep(blocks.pop() if blocks else 0.0)
         return reply_of(request)
 
-    assert "the event loop was held up for" in problems_of(Client(block), config=make_config(concurrency=24))
+    assert "the event loop was held up for 0.6" in problems_of(Client(block))
 
 
 def test_an_unreachable_judge_proves_nothing() -> None:
