@@ -186,12 +186,12 @@ def tensors_of(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def what_was_computed(run_dir: Path) -> dict[str, Any]:
-    """All that a run left but its weights, without times and memory."""
+    """All that a run left but its weights, without times, memory and what it cost to ask the judges."""
     last = list_checkpoints(run_dir)[-1].folder
     return {
         "state": json.loads((last / "state.json").read_text()),
         "metrics": [
-            {name: value for name, value in row.items() if not name.startswith(("time/", "memory/"))}
+            {name: value for name, value in row.items() if not name.startswith(("time/", "memory/", "judge/"))}
             for row in metrics_of(run_dir)
         ],
         "completions": completions_of(run_dir),

@@ -77,9 +77,10 @@ def server_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         is_server = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_bare = parts.username is None and not parts.query and not parts.fragment
     except ValueError:
-        is_server = False
-    if not is_server or parts.username is not None or parts.query or parts.fragment:
+        is_server = is_bare = False
+    if not (is_server and is_bare):
         raise ConfigError("rollout.engine.urls must look like http://127.0.0.1:8000, without credentials or a query.")
     return url.rstrip("/").removesuffix("/v1")
 

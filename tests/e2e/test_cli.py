@@ -352,7 +352,7 @@ def test_a_run_that_cannot_go_on_fails_and_names_the_command_that_goes_on(
     code, stderr = grpo_here("train", str(recipe))
     run_dir = tmp_path / "runs" / "first"
     assert code == 1
-    assert "error: objective vowels: 12 of 12 completions have no verdict" in stderr
+    assert "error: step 1: objective vowels: 12 of 12 completions have no verdict" in stderr
     assert f"Saved after step 0; go on with: grpo train {run_dir} --resume" in stderr
     silent.unlink()
     code, stderr = grpo_here("train", str(run_dir), "--resume")
