@@ -1,7 +1,10 @@
-"""Our rewards inside TRL's own GRPOTrainer: it logs what they score, and leaves out what they leave missing."""
+"""Our rewards inside TRL's own GRPOTrainer, and functions made for that trainer as rewards of ours."""
 
 from __future__ import annotations
 
+import asyncio
+import statistics
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from rewards import RewardInput, Score
+from rewards import RewardContext, RewardInput, RewardSpec, Score, build_reward, close_reward, score_group
 from rewards.trl_bridge import as_trl_reward
 
 GROUP_SIZE = 4
@@ -105,3 +108,88 @@ def test_the_reasons_are_in_trls_table_of_completions(tiny_model_dir: Path, tmp_
     last = vowels.scores[-len(reasons) :]
     assert reasons == [score.reason for score in last]
     assert set(reasons) <= {"an even length", "an odd length"}
+
+
+def test_a_completion_that_our_reward_leaves_missing_moves_no_advantage_in_trl(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    vowels = Vowels()
+    with as_trl_reward(vowels, name="vowels") as function:
+        trainer = train(tiny_model_dir, tmp_path, [function])
+    advantages = list(trainer._logs["advantages"])
+    values = [score.value for score in vowels.scores[-len(advantages) :]]
+    assert None in values
+    for start in range(0, len(values), GROUP_SIZE):
+        own = [value for value in values[start : start + GROUP_SIZE] if value is not None]
+        spread = statistics.stdev(own) if len(own) > 1 else 0.0
+        for value, advantage in zip(values[start:][:GROUP_SIZE], advantages[start:][:GROUP_SIZE], strict=True):
+            # the group's mean and deviation are those of the scored completions alone
+            expected = 0.0 if value is None else (value - statistics.mean(own)) / (spread + 1e-4)
+            assert advantage == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+MADE_FOR_TRL = '''
+"""As people write it for TRL: nothing here knows of this toolkit."""
+
+seen = []
+
+
+def similar(prompts, completions, completion_ids, solution, log_extra, log_metric, trainer_state, **kwargs):
+    seen.append({"prompts": prompts, "completions": completions, "completion_ids": completion_ids,
+                 "solution": solution, "step": trainer_state.global_step, **kwargs})
+    shares = [len(set(c[0]["content"]) & set(right)) / len(set(right)) for c, right in zip(completions, solution)]
+    log_extra("solution", list(solution))
+    log_metric("similar", sum(shares) / len(shares))
+    return [share if len(c[0]["content"]) % 2 == 0 else None for share, c in zip(shares, completions)]
+'''
+
+
+def test_a_function_made_for_trl_is_called_here_as_trls_trainer_calls_it(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "made_for_trl_trainer.py").write_text(MADE_FOR_TRL)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = RewardSpec(name="trl:made_for_trl_trainer:similar", params={"reference_as": "solution"})
+    reward = build_reward(spec, RewardContext(base_dir=tmp_path))
+    module = sys.modules["made_for_trl_trainer"]
+    monkeypatch.delitem(sys.modules, "made_for_trl_trainer")
+    trainer = train(
+        tiny_model_dir, tmp_path, [module.similar], solution=["word", "three", "reynard", "it"], kind=["a", "b"] * 2
+    )
+    by_trl = [call for call in module.seen if call["step"] == 1]  # during the second step one is done
+    module.seen.clear()
+    (last,) = by_trl
+    rows = range(2 * GROUP_SIZE)
+    inputs = [
+        RewardInput(
+            prompt_id=last["prompts"][row][0]["content"],
+            prompt=last["prompts"][row][0]["content"],
+            completion=last["completions"][row][0]["content"],
+            reference=last["solution"][row],
+            meta={"kind": last["kind"][row]},
+            messages=tuple(last["prompts"][row]),
+            token_ids=tuple(last["completion_ids"][row]),
+        )
+        for row in rows
+    ]
+
+    async def scored() -> list[Score]:
+        reward.begin_step(2)  # pyright: ignore[reportAttributeAccessIssue]
+        groups = [inputs[:GROUP_SIZE], inputs[GROUP_SIZE:]]
+        scores = [score for group in groups for score in await score_group(reward, group)]
+        await close_reward(reward)
+        return scores
+
+    scores = asyncio.run(scored())
+    assert [call.keys() for call in module.seen] == [last.keys()] * 2
+    for name, values in last.items():
+        here = [call[name] for call in module.seen]
+        assert here == ([values] * 2 if name == "step" else [values[:GROUP_SIZE], values[GROUP_SIZE:]])
+    values = [score.value for score in scores if score.value is not None]
+    assert 0 < len(values) < len(scores)
+    logged = [entry for entry in trainer.state.log_history if "rewards/similar/mean" in entry]
+    assert logged[-1]["rewards/similar/mean"] == pytest.approx(statistics.mean(values), rel=1e-5)
+    assert all(
+        score.reason.split("solution: ")[1].startswith(one.reference or "-")
+        for score, one in zip(scores, inputs, strict=True)
+    )
