@@ -41,6 +41,29 @@ class MicroBatch:
         """Loss tokens."""
         return int(self.completion_mask.sum())
 
+    @property
+    def padded_tokens(self) -> int:
+        """What the budget of a micro-batch counts: each prompt once, each completion, padding included."""
+        return self.prompt_ids.numel() + self.completion_ids.numel()
+
+    def rows(self, rows: Tensor) -> MicroBatch:
+        """Some of its rows [B'], ascending, with the prompts that they answer and no more padding than they need."""
+        mask = self.completion_mask[rows]
+        prompts, prompt_of_row = self.prompt_of_row[rows].unique(return_inverse=True)
+        prompt_mask = self.prompt_mask[prompts]
+        columns, prompt_columns = width_of(mask), width_of(prompt_mask)
+        return MicroBatch(
+            prompt_ids=self.prompt_ids[prompts, :prompt_columns],
+            prompt_mask=prompt_mask[:, :prompt_columns],
+            prompt_of_row=prompt_of_row,
+            completion_ids=self.completion_ids[rows, :columns],
+            completion_mask=mask[:, :columns],
+            sampler_logprobs=self.sampler_logprobs[rows, :columns],
+            advantages=self.advantages[rows],
+            shares=self.shares[rows],
+            is_scored=self.is_scored[rows],
+        )
+
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device."""
         return MicroBatch(**{name: getattr(self, name).to(device) for name in MicroBatch.__dataclass_fields__})
@@ -191,6 +214,23 @@ def _overlong_penalties(
                 len(completion.token_ids), max_new_tokens=max_new_tokens, buffer_tokens=truncated.buffer_tokens
             )
     return penalties
+
+
+def width_of(mask: Tensor) -> int:
+    """Columns that hold a token of any row, of a right-padded mask [B, T]."""
+    return int(mask.any(dim=0).sum())
+
+
+def parts_within(batch: MicroBatch, budget: int) -> list[Tensor]:
+    """Rows [B'] of each part of a micro-batch that stays within the budget, or is a single row; all rows, in order."""
+    parts = [torch.arange(len(batch.prompt_of_row), device=batch.prompt_of_row.device)]
+    while any(len(rows) > 1 and batch.rows(rows).padded_tokens > budget for rows in parts):
+        parts = [
+            half
+            for rows in parts
+            for half in (rows.tensor_split(2) if len(rows) > 1 and batch.rows(rows).padded_tokens > budget else [rows])
+        ]
+    return parts
 
 
 def _split(rows: Sequence[_Row], budget: int) -> list[list[_Row]]:

@@ -58,6 +58,7 @@ def save_checkpoint(run_dir: Path, updater: Updater, *, step: int, keep: int) ->
             "betas": {name: controller.state_dict() for name, controller in updater.controllers.items()},
             "entropy_bonus": updater.entropy_bonus.state_dict() if updater.entropy_bonus else None,
             "non_finite_in_a_row": updater.non_finite_in_a_row,
+            "micro_batch_tokens": {"recipe": updater.recipe_budget, "now": updater.micro_batch_tokens},
             "optimizer": {name: value for name, value in remembered.items() if name not in tensors},
         }
         (temporary / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False))
@@ -126,6 +127,9 @@ def load_checkpoint(checkpoint: Checkpoint, updater: Updater) -> int:
     if updater.entropy_bonus is not None:
         updater.entropy_bonus.load_state_dict(state["entropy_bonus"])
     updater.non_finite_in_a_row = int(state["non_finite_in_a_row"])
+    found = state.get("micro_batch_tokens", {})
+    if found.get("recipe") == updater.recipe_budget:  # else the recipe was changed since memory was found to be short
+        updater.micro_batch_tokens = int(found["now"])
     return int(state["step"])
 
 

@@ -8,6 +8,7 @@ GrpoError
 │   └── CheckpointError a checkpoint is damaged or belongs to another recipe
 └── RunStopped          the run cannot go on and must not guess: exit code 1
     ├── NonFiniteUpdate     loss or gradient is NaN or infinite
+    ├── OutOfMemory         the smallest micro-batch does not fit
     ├── TooFewVerdicts      too many completions went unscored
     └── EngineError         the rollout engine does not do what it was told
 """
@@ -45,6 +46,10 @@ class RunStopped(GrpoError):
 
 class NonFiniteUpdate(RunStopped):
     """The loss or a gradient is NaN or infinite; no optimizer step was taken on it."""
+
+
+class OutOfMemory(RunStopped):
+    """An update does not fit into memory in micro-batches of any size; no optimizer step was taken."""
 
 
 class TooFewVerdicts(RunStopped):

@@ -54,6 +54,7 @@ def report_step(
     row: dict[str, float | int | None] = {names.STEP: step, **stats.means}
     row[names.GRAD_NORM] = stats.grad_norm
     row[names.SKIPPED] = int(stats.skipped is not None or bool(short))
+    row[names.OUT_OF_MEMORY] = stats.num_halvings
     row["learning_rate"] = stats.learning_rate
     row[names.SAMPLER_RATIO_P99] = stats.sampler_ratio_p99
     row[names.SAMPLER_RATIO_MAX] = stats.sampler_ratio_max
@@ -99,6 +100,13 @@ def _warnings_of(row: Mapping[str, float | int | None], stats: UpdateStats) -> l
             f"step {row[names.STEP]}: one token in a hundred has probabilities in engine and trainer that differ by a "
             f"factor of {stats.sampler_ratio_p99:.1f} or more; compare them with dtype=float32 before you trust this "
             "run, or set update.correction"
+        )
+    if stats.num_halvings:
+        found.append(
+            f"step {row[names.STEP]} ran out of memory {stats.num_halvings} time{'s' * (stats.num_halvings > 1)} "
+            f"({stats.shortage}). Its window was redone in smaller micro-batches, with the same gradient, and "
+            f"update.micro_batch_tokens is {stats.micro_batch_tokens} from here on: set it so in the recipe. "
+            "`grpo plan` says beforehand what fits"
         )
     if stats.skipped is not None:
         found.append(

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -32,6 +32,7 @@ from grpo.runtime.seeding import derived_seed
 from grpo.step_gate import StepGate
 from grpo.step_report import StepReport, check_can_go_on, report_step
 from grpo.stopwatch import Stopwatch
+from grpo.trackers import BackgroundTrackers, Tracker, open_trackers
 
 
 class Observer(Protocol):
@@ -73,11 +74,14 @@ class Trainer:
     Owns nothing between runs. `run` checks everything first, then writes the run directory step by step.
     """
 
-    def __init__(self, config: RunConfig, *, observer: Observer | None = None) -> None:
-        """Args: observer: is told of every step; nobody where None."""
+    def __init__(
+        self, config: RunConfig, *, observer: Observer | None = None, trackers: Sequence[Tracker] = ()
+    ) -> None:
+        """Args: observer: is told of every step; nobody where None. trackers: beside those that the recipe names."""
         self.config = config
         self._ranks = Ranks(use_cpu=config.device == "cpu")
         self._observer = observer if self._ranks.is_main else None
+        self._own_trackers = trackers
         self._directory = RunDirectory(config.output_dir)
         self._parts: RunParts | None = None
         self._stuck: set[str] = set()
@@ -144,7 +148,7 @@ class Trainer:
                 {name: objective.weight for name, objective in config.objectives.items()},
                 combine=config.update.combine,
                 scale=config.update.score_scale,
-                micro_batch_tokens=config.update.micro_batch_tokens,
+                micro_batch_tokens=parts.updater.micro_batch_tokens,
                 max_new_tokens=config.rollout.max_new_tokens,
                 truncated=config.update.truncated,
                 drops_flat_groups=config.update.flat_groups == "drop",
@@ -218,7 +222,7 @@ class Trainer:
         done = checkpoint.step if checkpoint else 0
         if self._observer:
             self._observer.start(title_rows(config, self.parts))
-        with interruptions() as interrupted:
+        with interruptions() as interrupted, self._tracked(done) as trackers:
             self._interrupted = interrupted
             before = self._before(done, checkpoint)
             if checkpoint is None and config.warmup is not None:
@@ -235,11 +239,12 @@ class Trainer:
                     self._saved(done, checkpoint)
                     exc.add_note(f"Saved after step {done}; go on with: grpo train {directory.path} --resume")
                     raise
+                trackers.log(report.row)
                 durations.append(float(report.row["time/step_s"] or 0.0))
                 if self._observer:
                     left = (config.steps - done) * sum(durations) / len(durations)
                     self._observer.step(report.row, total_steps=config.steps, seconds_left=left)
-                    for warning in [*report.warnings, *self._stuck_betas()]:
+                    for warning in [*report.warnings, *self._stuck_betas(), *trackers.take_warnings()]:
                         self._observer.warn(warning)
                 if done % config.checkpoint.every == 0:
                     checkpoint = self._saved(done, checkpoint)
@@ -254,6 +259,21 @@ class Trainer:
             evaluation=self._read_eval(),
             was_interrupted=done < config.steps or needs_evaluation,
         )
+
+    @contextmanager
+    def _tracked(self, done: int) -> Iterator[BackgroundTrackers]:
+        """The trackers of a run that has done so many steps; at its end it is told what they lack."""
+        opened = [*open_trackers(self.config, done=done), *self._own_trackers] if self._ranks.is_main else []
+        trackers = BackgroundTrackers(opened)
+        try:
+            yield trackers
+        except KeyboardInterrupt:
+            trackers.close(wait_s=0.0)  # at once
+            raise
+        finally:
+            for line in trackers.close():
+                if self._observer:
+                    self._observer.warn(line)
 
     def _check_engine(self, done: int) -> None:
         """The first sync of a run, watched: an engine on other weights than the policy's is found now."""

@@ -47,7 +47,7 @@ class Replay:
             rows, offsets: [N] position n is token offsets[n] of row rows[n].
             prompts: what the completions answer; None only for a law whose logits depend on no text.
             remembers: the kept sets of the first pass hold in all later ones, under other weights too; costs V / 8
-                bytes a position. The chunks must be cut alike in all passes.
+                bytes a position.
         Raises:
             ValueError: the law looks at the text, and there are no prompts.
         """
@@ -57,8 +57,10 @@ class Replay:
         if self._processors and prompts is None:
             raise ValueError("a law with penalties, bans or processors of one's own is replayed with its prompts")
         self._prompts = prompts
-        self._remembered: dict[int, Tensor] | None = {} if remembers else None
-        """First position of a chunk -> its kept set, 8 tokens a byte."""
+        self._remembers = remembers
+        self._remembered: Tensor | None = None
+        """[N, V / 8] uint8, the kept sets of the positions that `_is_known`, 8 tokens a byte; None before the first."""
+        self._is_known = torch.zeros(len(rows), dtype=torch.bool, device=token_ids.device)  # [N]
         self._missed = torch.zeros(token_ids.shape, dtype=torch.bool, device=token_ids.device)  # [B, T]
 
     @property
@@ -71,6 +73,11 @@ class Replay:
         """Positions so far whose sampled token the filter would have dropped (a rounding difference of the engine)."""
         return int(self._missed.sum())
 
+    def take_over(self, other: Replay, positions: Tensor) -> None:
+        """Remember what another one does of its positions [N], which are this one's."""
+        if other._remembered is not None:
+            self._remembered, self._is_known = other._remembered[positions], other._is_known[positions]
+
     @property
     def _has_filters(self) -> bool:
         return self._params.top_p < 1 or self._params.top_k > 0 or self._params.min_p > 0
@@ -82,7 +89,7 @@ class Replay:
             logits = self._processed(logits, self._prompts, rows, offsets)
         if not self._has_filters:
             return logits
-        return logits.masked_fill(~self._kept(logits.detach(), rows, offsets, int(positions[0])), -torch.inf)
+        return logits.masked_fill(~self._kept(logits.detach(), positions), -torch.inf)
 
     def _processed(self, logits: Tensor, prompts: ReplayedPrompts, rows: Tensor, offsets: Tensor) -> Tensor:
         """[C, V] after the processors. Each position has its row's whole text, C * (Lp + T) token ids: little beside
@@ -98,17 +105,22 @@ class Replay:
             logits = processor(logits, prefix)
         return logits
 
-    def _kept(self, logits: Tensor, rows: Tensor, offsets: Tensor, first: int) -> Tensor:
+    def _kept(self, logits: Tensor, positions: Tensor) -> Tensor:
         """[C, V] bool: what the filters keep, and the sampled token."""
-        if self._remembered is not None and first in self._remembered:
-            return _unpacked(self._remembered[first], logits.shape[1])
+        if self._remembered is not None and bool(self._is_known[positions].all()):
+            return _unpacked(self._remembered[positions], logits.shape[1])
+        rows, offsets = self._rows[positions], self._offsets[positions]  # [C]
         sampled = self._token_ids[rows, offsets][:, None]  # [C, 1]
         kept = kept_tokens(logits / self._params.temperature, self._params)  # [C, V]
         # a checkpointed chunk runs again in the backward pass: marking a place twice counts it once
         self._missed[rows, offsets] |= ~kept.gather(1, sampled)[:, 0]
         kept = kept.scatter(1, sampled, True)
-        if self._remembered is not None:
-            self._remembered[first] = _packed(kept)
+        if self._remembers:
+            packed = _packed(kept)
+            if self._remembered is None:
+                self._remembered = packed.new_zeros(len(self._rows), packed.shape[1])
+            self._remembered[positions] = packed
+            self._is_known[positions] = True
         return kept
 
 

@@ -22,6 +22,7 @@ from grpo.update.entropy import EntropyBonus
 from grpo.update.forward import replay_of
 from grpo.update.gradients import GradientWindow
 from grpo.update.non_finite import NOWHERE, first_non_finite_module
+from grpo.update.out_of_memory import Shortage, cause_of, halved_budget, is_out_of_memory
 from grpo.update.statistics import WindowStatistics
 from grpo.update.window_loss import MicroBatchWork, Weighing, WindowLoss
 
@@ -68,6 +69,12 @@ class UpdateStats:
     gradient_norms: Mapping[str, float] = field(default_factory=dict)
     """Objective -> norm of its gradient, where they were taken apart."""
     skipped: NonFiniteStep | None = None
+    num_halvings: int = 0
+    """Times that the micro-batches were halved for want of memory, and the window redone."""
+    shortage: str = ""
+    """The allocator's message at the last of them; empty without one."""
+    micro_batch_tokens: int | None = None
+    """Budget that the next batch should be cut by; None where no window was taken."""
 
 
 class Updater:
@@ -91,6 +98,10 @@ class Updater:
         self.controllers = dict(controllers)
         self.entropy_bonus = entropy_bonus
         self.non_finite_in_a_row = 0
+        self.micro_batch_tokens = update.micro_batch_tokens
+        """Budget of a micro-batch: the recipe's, or what was left of it when memory ran out."""
+        self.recipe_budget = update.micro_batch_tokens
+        self._num_halvings, self._shortage = 0, ""
         self._update, self._optim, self._params = update, optim, params
         self._ranks = ranks or Ranks(use_cpu=policy.device.type == "cpu")
         self._loss = WindowLoss(policy, observed=observed, params=params, update=update)
@@ -101,14 +112,17 @@ class Updater:
     def step(self, batch: TrainBatch, *, step: int = 0, steps: int = 1, seed: int = 0) -> UpdateStats:
         """mu windows over one batch; in each: zero once, add every micro-batch's gradient, clip once, step once.
 
-        A loss or gradient that is not finite on any rank ends the windows before the optimizer steps.
+        A loss or gradient that is not finite on any rank ends the windows before the optimizer steps. Where a rank has
+        no memory for a micro-batch, the window is redone on all of them with half the budget: the same gradient.
 
         Args:
             step: number of the step, from 0; of `steps`. What the learning-rate schedule goes by.
             seed: of the orders in which PCGrad projects; another in each step.
         Raises:
             ValueError: no rank has a loss token.
+            OutOfMemory: the smallest micro-batches do not fit either.
         """
+        self._num_halvings, self._shortage = 0, ""
         statistics = WindowStatistics()
         betas = {name: controller.value for name, controller in self.controllers.items()}
         coefficient = self.entropy_bonus.value if self.entropy_bonus else None
@@ -116,11 +130,7 @@ class Updater:
         num_tokens, num_rows = (int(self._ranks.sum(count)) for count in (batch.num_tokens, batch.num_rows))
         if num_tokens == 0:
             raise ValueError("a batch without a loss token on any rank: there is nothing to step on")
-        remembers = self._update.iterations > 1
-        work = [
-            MicroBatchWork(batch=own, replay=replay_of(own, self._params, remembers=remembers))
-            for own in (micro_batch.to(self.policy.device) for micro_batch in batch.micro_batches)
-        ]
+        work = self._work(batch)
         learning_rate = learning_rate_at(self._optim, step=step, steps=steps)
         set_learning_rate(self.optimizer, learning_rate)
         is_apart = self._takes_objectives_apart(step, batch.objectives)
@@ -129,9 +139,8 @@ class Updater:
         skipped: NonFiniteStep | None = None
         with dropout_off(self.policy.model):
             for iteration in range(self._update.iterations):
-                window, weighing = WindowStatistics(), self._weighing(num_tokens, num_rows)
-                self.gradients.start_window(num_objectives=len(batch.objectives) if is_apart else 0)
-                skipped = self._accumulate(work, batch, weighing, window, is_apart=is_apart)
+                weighing = self._weighing(num_tokens, num_rows)
+                work, window, skipped = self._accumulate_in_memory(work, batch, weighing, is_apart=is_apart)
                 if skipped is None:
                     self.gradients.reduce(self._ranks.all_reduce)
                     skipped = self._check_gradients(work, batch, weighing)
@@ -163,6 +172,9 @@ class Updater:
             cosines=_pairs(gram, batch.objectives),
             gradient_norms=_norms(gram, batch.objectives),
             skipped=skipped,
+            num_halvings=self._num_halvings,
+            shortage=self._shortage,
+            micro_batch_tokens=self.micro_batch_tokens,
         )
 
     def stand_still(self, *, step: int, steps: int) -> UpdateStats:
@@ -195,6 +207,42 @@ class Updater:
             entropy_coefficient=self.entropy_bonus.value if self.entropy_bonus else 0.0,
         )
 
+    def _work(self, batch: TrainBatch) -> list[MicroBatchWork]:
+        """The batch's micro-batches, where nothing is fixed yet."""
+        remembers = self._update.iterations > 1
+        return [
+            MicroBatchWork(batch=own, replay=replay_of(own, self._params, remembers=remembers), place=place)
+            for place, own in enumerate(micro_batch.to(self.policy.device) for micro_batch in batch.micro_batches)
+        ]
+
+    def _accumulate_in_memory(
+        self, work: list[MicroBatchWork], whole: TrainBatch, weighing: Weighing, *, is_apart: bool
+    ) -> tuple[list[MicroBatchWork], WindowStatistics, NonFiniteStep | None]:
+        """`_accumulate` until memory suffices, each time in smaller micro-batches: those it came to, and what they say.
+
+        Raises:
+            OutOfMemory: no size of them does.
+        """
+        is_first = all(item.fixed is None for item in work)
+        while True:
+            window = WindowStatistics()
+            self.gradients.start_window(num_objectives=len(whole.objectives) if is_apart else 0)
+            outcome = self._accumulate(work, whole, weighing, window, is_apart=is_apart)
+            if not isinstance(outcome, list):
+                return work, window, outcome
+            self.micro_batch_tokens = halved_budget(self.micro_batch_tokens, outcome, num_halvings=self._num_halvings)
+            self._num_halvings, self._shortage = self._num_halvings + 1, outcome[0].cause
+            # a first window begins anew, for what it records of the sampler is in the statistics that are dropped
+            whole_again = self._work(whole) if is_first else work
+            remembers = self._update.iterations > 1
+            work = [
+                part
+                for item in whole_again
+                for part in item.parts(self.micro_batch_tokens, self._params, remembers=remembers)
+            ]
+            if self.policy.device.type == "cuda":
+                torch.cuda.empty_cache()  # blocks of the larger sizes are of no use to the smaller ones
+
     def _accumulate(
         self,
         work: Sequence[MicroBatchWork],
@@ -203,24 +251,57 @@ class Updater:
         window: WindowStatistics,
         *,
         is_apart: bool,
-    ) -> NonFiniteStep | None:
-        """Add every micro-batch's gradient; says why not where a loss is not finite, on every rank alike."""
+    ) -> NonFiniteStep | list[Shortage] | None:
+        """Add every micro-batch's gradient. Where one does not fit into some rank's memory, or a loss is not finite,
+        says so on every rank."""
         bad: int | None = None
+        shortage: Shortage | None = None
         for place, item in enumerate(work):
-            parts = self._loss.parts(item, whole, weighing, window, is_apart=is_apart)
-            if not all(bool(torch.isfinite(loss)) for _, loss in parts):
-                bad = place  # the other ranks are told at the window's end
+            try:
+                is_finite = self._add(item, whole, weighing, window, is_apart=is_apart)
+            except (RuntimeError, MemoryError) as exc:  # kept no longer than this: it holds on to the tensors
+                if not is_out_of_memory(exc):
+                    raise
+                shortage = Shortage(
+                    cause=cause_of(exc),
+                    num_rows=len(item.batch.prompt_of_row),
+                    largest_tokens=max(each.batch.padded_tokens for each in work),
+                )
+                break  # the other ranks are told at the window's end
+            if not is_finite:
+                bad = place
                 break
-            for number, (objective, loss) in enumerate(parts):
-                self.gradients.add(loss, objective=objective, keep_graph=number + 1 < len(parts))
-        if not self._ranks.any(bad is not None):
-            return None
+        told = self._ranks.gather([(bad is not None, shortage)])
+        shortages = [each for _, each in told if each is not None]
+        if shortages or not any(is_bad for is_bad, _ in told):
+            return shortages or None
         cause = ""
         if bad is not None:
             module = self._culprit(work[bad], whole, weighing)
             cause = f"the loss of a micro-batch of {work[bad].batch.num_tokens} tokens is not finite; first in {module}"
         causes = [text for text in self._ranks.gather([cause]) if text]
-        return NonFiniteStep(cause="; ".join(causes), micro_batch=bad, in_a_row=self.non_finite_in_a_row + 1)
+        return NonFiniteStep(
+            cause="; ".join(causes),
+            micro_batch=None if bad is None else work[bad].place,
+            in_a_row=self.non_finite_in_a_row + 1,
+        )
+
+    def _add(
+        self,
+        item: MicroBatchWork,
+        whole: TrainBatch,
+        weighing: Weighing,
+        window: WindowStatistics,
+        *,
+        is_apart: bool,
+    ) -> bool:
+        """Add one micro-batch's gradient, unless its loss is not finite; says whether it is."""
+        parts = self._loss.parts(item, whole, weighing, window, is_apart=is_apart)
+        if not all(bool(torch.isfinite(loss)) for _, loss in parts):
+            return False
+        for number, (objective, loss) in enumerate(parts):
+            self.gradients.add(loss, objective=objective, keep_graph=number + 1 < len(parts))
+        return True
 
     def _check_gradients(
         self, work: Sequence[MicroBatchWork], whole: TrainBatch, weighing: Weighing
@@ -228,7 +309,7 @@ class Updater:
         name = self.gradients.first_non_finite()  # of the reduced gradient: the same on every rank
         if name is None:
             return None
-        found = [(place, self._culprit(item, whole, weighing)) for place, item in enumerate(work)]
+        found = [(item.place, self._culprit(item, whole, weighing)) for item in work]
         place, module = next((pair for pair in found if pair[1] != NOWHERE), (None, NOWHERE))
         modules = [other for other in self._ranks.gather([module]) if other != NOWHERE]
         return NonFiniteStep(

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from grpo import metrics as names
-from grpo.batching import MicroBatch, TrainBatch
+from grpo.batching import MicroBatch, TrainBatch, parts_within
 from grpo.config import CispoLossConfig, ClippedLossConfig, CustomLossConfig, SapoLossConfig, UpdateConfig
 from grpo.errors import ConfigError
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.replay import Replay
 from grpo.runtime.policy import Policy
-from grpo.update.forward import Forward, policy_pass, reference_logprobs
+from grpo.update.forward import Forward, policy_pass, reference_logprobs, replay_of
 from grpo.update.kl import kl_penalty
 from grpo.update.losses import (
     REDUCTIONS,
@@ -62,6 +62,22 @@ class _Fixed:
     correction: Tensor | None
     """[B, T] weights of the policy term, for what engine and trainer disagree about."""
 
+    def rows(self, rows: Tensor, *, width: int) -> _Fixed:
+        """Of some rows [B'] of the micro-batch, and their first `width` tokens."""
+
+        def cut(values: Tensor) -> Tensor:
+            """[B, ...] and, where it is told per token, [B, T, ...]"""
+            per_token = values.shape[:2] == self.ref_logprobs.shape
+            return values[rows, :width] if per_token else values[rows]
+
+        return _Fixed(
+            ref_logprobs=cut(self.ref_logprobs),
+            old_logprobs=cut(self.old_logprobs),
+            advantages=cut(self.advantages),
+            shares=self.shares[rows, :width] if self.shares.dim() == 3 else self.shares[rows],
+            correction=None if self.correction is None else cut(self.correction),
+        )
+
 
 @dataclass(slots=True)
 class MicroBatchWork:
@@ -70,6 +86,23 @@ class MicroBatchWork:
     batch: MicroBatch
     replay: Replay
     fixed: _Fixed | None = None
+    place: int = 0
+    """Of the micro-batch, in the rank's batch, that it is or is a part of."""
+
+    def parts(self, budget: int, params: SamplingParams, *, remembers: bool) -> list[MicroBatchWork]:
+        """Smaller ones that come to the same: within a budget of padded tokens, or of one row. What the first window
+        has fixed stays fixed."""
+        found: list[MicroBatchWork] = []
+        of_row = self.batch.completion_mask.nonzero()[:, 0]  # [N] row of each loss token
+        for rows in parts_within(self.batch, budget):
+            batch = self.batch.rows(rows)
+            replay = replay_of(batch, params, remembers=remembers)
+            fixed = None
+            if self.fixed is not None:
+                replay.take_over(self.replay, torch.isin(of_row, rows).nonzero()[:, 0])
+                fixed = self.fixed.rows(rows, width=batch.completion_ids.shape[1])
+            found.append(MicroBatchWork(batch=batch, replay=replay, fixed=fixed, place=self.place))
+        return found
 
 
 class WindowLoss:

@@ -290,3 +290,33 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_both(
         assert stats.skipped.micro_batch == (0 if rank == spoilt else None)
         assert all(torch.equal(after[name], parameter) for name, parameter in before.items())
     assert answers[0][0].skipped.cause == answers[1][0].skipped.cause
+
+
+def short_of_memory_here(model_dir: str, failing: int | None) -> tuple[UpdateStats, dict[str, torch.Tensor]]:
+    """This rank's share of a step; on one rank, nothing is left for the way back of more than one row."""
+    policy = make_policy(Path(model_dir))
+
+    def after(module: torch.nn.Module, arguments: object, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        if states.requires_grad and len(states) > 1:
+            states.register_hook(lambda gradient: torch.empty(2**56, dtype=torch.uint8) and None)
+
+    if failing == int(os.environ["RANK"]):
+        policy.causal_lm.get_decoder().layers[0].register_forward_hook(after)
+    updater = make_updater(policy, objectives=("a", "b"), max_grad_norm=1e6)
+    groups = groups_of("uneven")
+    stats = updater.step(make_batch(groups, own=Ranks(use_cpu=True).own(range(len(groups)))))
+    return stats, {name: p.detach().clone() for name, p in policy.trainable_parameters().items()}
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_both_ranks_halve_their_micro_batches_where_one_runs_out_of_memory(
+    failing: int, two: RankPair, tiny_model_dir: Path
+) -> None:
+    (first, first_after), (second, second_after) = two.run(short_of_memory_here, str(tiny_model_dir), failing)
+    (_, expected), _ = two.run(short_of_memory_here, str(tiny_model_dir), None)
+    assert first.num_halvings > 0
+    assert first == second  # the budget too
+    for name, value in expected.items():
+        assert torch.equal(first_after[name], second_after[name]), name
+        torch.testing.assert_close(first_after[name], value, rtol=0, atol=1e-4)
