@@ -36,6 +36,7 @@ from grpo.runtime.models import check_model, end_token_ids, has_flash_attention,
 from grpo.runtime.policy import Policy, language_model_head
 from grpo.runtime.seeding import derived_seed
 from grpo.scoring import Scorer
+from grpo.trackers import check_trackers
 from grpo.types import Prompt
 from grpo.update.beta import BandBeta, BetaController, DualBeta, FixedBeta, ProportionalBeta
 from grpo.update.entropy import AdaptiveEntropyBonus, EntropyBonus, FixedEntropyBonus
@@ -102,6 +103,8 @@ def open_run(
     _check_held_out(config, prompts, purpose)
     _check_update(config, purpose)
     _check_processors(config.rollout, config.base_dir)
+    if purpose == "train":
+        check_trackers(config.trackers)
     ranks = ranks or Ranks(use_cpu=config.device == "cpu")
     if purpose == "train" and config.warmup is not None:
         micro_batch_rows(config.warmup, num_ranks=ranks.count)

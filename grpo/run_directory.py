@@ -18,7 +18,7 @@ from grpo.errors import ConfigError
 from grpo.metrics import append_metrics, iter_json_lines
 from grpo.recipe_loader import dump_config, load_run_config
 
-MAY_CHANGE_ON_RESUME = {"steps", "checkpoint", "eval", "output_dir", "base_dir"}
+MAY_CHANGE_ON_RESUME = {"steps", "checkpoint", "eval", "output_dir", "base_dir", "trackers"}
 """Keys that a resumed run may change without becoming another run."""
 
 

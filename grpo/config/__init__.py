@@ -39,6 +39,10 @@ from grpo.config.run import (
     TrainableConfig,
     WarmupConfig,
 )
+from grpo.config.trackers import (
+    TrackerConfig,
+    TrackerType,
+)
 from grpo.config.update import (
     AdaptiveEntropyConfig,
     CispoLossConfig,
@@ -95,6 +99,8 @@ __all__ = [
     "ScoringConfig",
     "StrictModel",
     "TaskPrompts",
+    "TrackerConfig",
+    "TrackerType",
     "TrainableConfig",
     "TransformersEngineConfig",
     "TruncatedConfig",

@@ -11,6 +11,7 @@ from grpo.config.base import StrictModel
 from grpo.config.objectives import ObjectiveConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.rollout import RolloutConfig
+from grpo.config.trackers import TrackerConfig
 from grpo.config.update import OptimConfig, UpdateConfig
 
 
@@ -119,6 +120,8 @@ class RunConfig(StrictModel):
     trainable: TrainableConfig = LoraTrainable()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    trackers: tuple[TrackerConfig, ...] = ()
+    """Where the figures of metrics.jsonl are shown besides."""
     base_dir: Path
     """Folder of the recipe, against which relative paths are resolved. Set by the loader."""
 
