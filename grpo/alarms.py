@@ -1,0 +1,188 @@
+"""A watch on the run's own figures: what costs people days is visible in metrics.jsonl within minutes.
+
+Comes in: rows of metrics.jsonl, one a step. Goes out: alarms, each with the command that says more. Knows no tensor; a
+resumed run shows it the rows that are there already, so that it goes on counting where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from grpo import metrics as names
+from grpo.config import FullTrainable, OptimConfig, TrainableConfig
+
+Row = Mapping[str, float | int | None]
+
+NO_KL = 1e-9
+"""Nats per token. A policy that has moved at all is above; rounding of the log-probabilities alone too."""
+SHORT_LENGTH = 1.5
+"""Mean tokens of a completion, the end token among them."""
+MOST_TRUNCATED = 0.9
+MOST_UNSCORED = 0.2
+MAX_SAMPLER_RATIO = 2.0
+"""A 99th percentile above this is no rounding any more: bfloat16 alone stays near 1.3."""
+LORA_RATES = (1e-5, 5e-3)
+FULL_RATES = (1e-8, 5e-5)
+"""Outside of these a learning rate is nearly always one that was meant for the other kind of training."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alarm:
+    """Something that a person should look into before more hours are spent."""
+
+    name: str
+    text: str
+    """What was seen, what it means, what to run or change."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Watch:
+    """One condition on a row, for the whole run or for one objective."""
+
+    name: str
+    patience: int
+    """Rows in a row that meet it before the alarm."""
+    is_met: Callable[[Row], bool | None]
+    """None: the row does not say (a skipped step, an objective without prompts), and the count stays."""
+    text: str
+
+
+class Alarms:
+    """Counts, per condition, the rows in a row that meet it; an alarm once, and again after a row that did not."""
+
+    def __init__(self, objectives: Sequence[str]) -> None:
+        self._watches = [*_of_the_run(objectives), *(watch for name in objectives for watch in _of_an_objective(name))]
+        self._in_a_row = dict.fromkeys((watch.name for watch in self._watches), 0)
+
+    def observe(self, row: Row) -> list[Alarm]:
+        """A finished step's row -> what begins to be alarming with it."""
+        found: list[Alarm] = []
+        for watch in self._watches:
+            met = watch.is_met(row)
+            if met is None:
+                continue
+            count = self._in_a_row[watch.name] = self._in_a_row[watch.name] + 1 if met else 0
+            if count == watch.patience:
+                since = f" for {count} steps" if count > 1 else ""
+                text = f"{watch.name}, step {row[names.STEP]}: {watch.text.format(since=since)}"
+                found.append(Alarm(name=watch.name, text=text))
+        return found
+
+
+def unmoved(evaluation: Mapping[str, object]) -> list[Alarm]:
+    """Args: evaluation: eval.json. An objective whose every held-out score is what it was: nothing was learned."""
+    answers = evaluation.get("answers")
+    if not isinstance(answers, Mapping) or not {"before", "after"} <= answers.keys():
+        return []
+    before = {entry["id"]: entry for entry in answers["before"]}
+    pairs = [(before[entry["id"]], entry) for entry in answers["after"] if entry["id"] in before]
+    if not pairs or any(first["completion"] != second["completion"] for first, second in pairs):
+        return []
+    return [
+        Alarm(
+            name="evaluation unmoved",
+            text=f"evaluation unmoved: all {len(pairs)} held-out answers are word for word those before training. The "
+            "weights that answer are not those that learned, or none learned: grpo verify RECIPE",
+        )
+    ]
+
+
+def learning_rate_alarms(trainable: TrainableConfig, optim: OptimConfig) -> list[Alarm]:
+    """A learning rate that was meant for another kind of training, before the first step."""
+    is_full = isinstance(trainable, FullTrainable)
+    low, high = FULL_RATES if is_full else LORA_RATES
+    if low <= optim.learning_rate <= high:
+        return []
+    kind, other = ("full training", "LoRA") if is_full else ("LoRA", "full training")
+    is_low = optim.learning_rate < low
+    meaning = "nothing may be learned" if is_low else "the policy may fall apart within a few steps"
+    return [
+        Alarm(
+            name="learning rate",
+            text=f"learning rate: optim.learning_rate = {optim.learning_rate:g} is {'low' if is_low else 'high'} for "
+            f"{kind}, and usual for {other}: {meaning}. {low:g} to {high:g} is where {kind} is mostly done",
+        )
+    ]
+
+
+def _of_the_run(objectives: Sequence[str]) -> list[_Watch]:
+    return [
+        _Watch(
+            name="no gradient",
+            patience=3,
+            is_met=lambda row: _unless_skipped(row, lambda: row.get(names.GRAD_NORM) == 0),
+            text="the gradient's norm has been exactly 0{since}. Every group may be without differences (see "
+            "groups/zero_variance_frac), or the graph is cut: grpo verify RECIPE names the module",
+        ),
+        _Watch(
+            name="no KL",
+            patience=5,
+            is_met=lambda row: _unless_skipped(row, lambda: _kl_is_zero(row, objectives)),
+            text="the KL of every objective has been 0.000{since}, so the policy is its reference: gradients do not "
+            "reach it, or are zeroed or overwritten before the optimizer: grpo verify RECIPE (accumulation, it learns)",
+        ),
+        _Watch(
+            name="no signal",
+            patience=5,
+            is_met=lambda row: _at_least(row.get(names.ZERO_VARIANCE_FRAC), 1.0),
+            text="every completion of a group has had the same score, in every group{since}, so there is nothing to "
+            "learn from: easier or harder prompts, a larger rollout.group_size, a higher rollout.temperature, or a "
+            "reward with more than two values",
+        ),
+        _Watch(
+            name="sampler ratio",
+            patience=1,
+            is_met=lambda row: _above(row.get(names.SAMPLER_RATIO_P99), MAX_SAMPLER_RATIO),
+            text="one token in a hundred has probabilities in engine and trainer that differ by a factor of more than "
+            f"{MAX_SAMPLER_RATIO:g} (sampler/ratio_p99): grpo verify RECIPE compares them, dtype=float32 tells "
+            "rounding from a defect, update.correction bounds its effect",
+        ),
+    ]
+
+
+def _of_an_objective(objective: str) -> list[_Watch]:
+    return [
+        _Watch(
+            name=f"one-token completions of {objective}",
+            patience=3,
+            is_met=lambda row: _at_most(row.get(names.length_mean_name(objective)), SHORT_LENGTH),
+            text="the mean completion has been no longer than its end token{since}: the policy has found that saying "
+            "nothing pays. Look at completions.jsonl; a reward must score an empty answer as wrong",
+        ),
+        _Watch(
+            name=f"truncated completions of {objective}",
+            patience=5,
+            is_met=lambda row: _at_least(row.get(names.truncated_frac_name(objective)), MOST_TRUNCATED),
+            text=f"at least {MOST_TRUNCATED:.0%} of the completions have been cut at rollout.max_new_tokens{{since}}: "
+            "raise it, or see whether the end tokens are the chat template's (the first lines of the run name them)",
+        ),
+        _Watch(
+            name=f"unscored completions of {objective}",
+            patience=3,
+            is_met=lambda row: _above(row.get(names.unscored_frac_name(objective)), MOST_UNSCORED),
+            text=f"more than {MOST_UNSCORED:.0%} of the completions have had no verdict{{since}}; "
+            "judge_audit.jsonl says why each failed",
+        ),
+    ]
+
+
+def _unless_skipped(row: Row, is_met: Callable[[], bool | None]) -> bool | None:
+    return None if row.get(names.SKIPPED) else is_met()
+
+
+def _kl_is_zero(row: Row, objectives: Sequence[str]) -> bool | None:
+    kls = [kl for name in objectives if (kl := row.get(names.kl_name(name))) is not None]
+    return all(abs(kl) <= NO_KL for kl in kls) if kls else None
+
+
+def _above(value: float | None, bound: float) -> bool | None:
+    return None if value is None else value > bound
+
+
+def _at_least(value: float | None, bound: float) -> bool | None:
+    return None if value is None else value >= bound
+
+
+def _at_most(value: float | None, bound: float) -> bool | None:
+    return None if value is None else value <= bound

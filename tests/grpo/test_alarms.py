@@ -1,0 +1,116 @@
+"""Alarms: figures that have ruined runs are told, with the command that says more, and healthy runs hear nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from grpo.alarms import Alarms, learning_rate_alarms, unmoved
+from grpo.config import FullTrainable, LoraTrainable, OptimConfig
+
+HEALTHY: dict[str, float] = {
+    "grad_norm": 0.3,
+    "kl/fair": 0.02,
+    "kl/true": 0.01,
+    "groups/zero_variance_frac": 0.25,
+    "sampler/ratio_p99": 1.1,
+    "completion/fair/length_mean": 12.0,
+    "completion/true/length_mean": 9.0,
+    "completion/fair/truncated_frac": 0.1,
+    "completion/true/truncated_frac": 0.0,
+    "reward/fair/unscored_frac": 0.0,
+    "reward/true/unscored_frac": 0.05,
+}
+
+
+def heard(alarms: Alarms, count: int, *, first: int = 1, **changes: float | None) -> list[tuple[int, str]]:
+    """(step, name) of every alarm over so many rows."""
+    rows = ({"step": step, **HEALTHY, **changes} for step in range(first, first + count))
+    return [(int(row["step"] or 0), alarm.name) for row in rows for alarm in alarms.observe(row)]
+
+
+def test_a_healthy_run_hears_nothing() -> None:
+    assert heard(Alarms(["fair", "true"]), 100) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"grad_norm": 0.0}, (3, "no gradient")),
+        ({"kl/fair": 0.0, "kl/true": 0.0}, (5, "no KL")),
+        ({"groups/zero_variance_frac": 1.0}, (5, "no signal")),
+        ({"sampler/ratio_p99": 2.5}, (1, "sampler ratio")),
+        ({"completion/true/length_mean": 1.0}, (3, "one-token completions of true")),
+        ({"completion/fair/truncated_frac": 0.95}, (5, "truncated completions of fair")),
+        ({"reward/fair/unscored_frac": 0.3}, (3, "unscored completions of fair")),
+    ],
+)
+def test_each_condition_is_told_once_after_so_many_steps_in_a_row(
+    changes: dict[str, float], expected: tuple[int, str]
+) -> None:
+    assert heard(Alarms(["fair", "true"]), 40, **changes) == [expected]
+
+
+def test_one_objective_that_moves_is_no_flat_kl() -> None:
+    assert heard(Alarms(["fair", "true"]), 40, **{"kl/fair": 0.0}) == []
+
+
+def test_a_step_between_begins_the_count_again_and_the_alarm_can_come_again() -> None:
+    alarms = Alarms(["fair", "true"])
+    assert heard(alarms, 2, grad_norm=0.0) == []
+    assert heard(alarms, 1, first=3) == []
+    assert heard(alarms, 4, first=4, grad_norm=0.0) == [(6, "no gradient")]
+    assert heard(alarms, 1, first=8) == []
+    assert heard(alarms, 3, first=9, grad_norm=0.0) == [(11, "no gradient")]
+
+
+def test_a_skipped_step_neither_counts_nor_begins_again() -> None:
+    alarms = Alarms(["fair", "true"])
+    assert heard(alarms, 2, grad_norm=0.0) == []
+    assert heard(alarms, 3, first=3, **{"grad_norm": None, "update/skipped": 1}) == []
+    assert heard(alarms, 1, first=6, grad_norm=0.0) == [(6, "no gradient")]
+
+
+def test_a_step_without_prompts_of_an_objective_says_nothing_of_it() -> None:
+    alarms = Alarms(["fair", "true"])
+    assert heard(alarms, 2, **{"reward/fair/unscored_frac": 0.9}) == []
+    assert heard(alarms, 3, first=3, **{"reward/fair/unscored_frac": None}) == []
+    assert heard(alarms, 1, first=6, **{"reward/fair/unscored_frac": 0.9}) == [(6, "unscored completions of fair")]
+
+
+def test_an_alarm_says_what_was_seen_for_how_long_and_what_to_run() -> None:
+    alarms = Alarms(["fair"])
+    rows: list[dict[str, Any]] = [{"step": step, **HEALTHY, "kl/fair": 0.0} for step in range(1, 6)]
+    (alarm,) = [alarm for row in rows for alarm in alarms.observe(row)]
+    assert alarm.text.startswith("no KL, step 5: the KL of every objective has been 0.000 for 5 steps")
+    assert "grpo verify RECIPE" in alarm.text
+
+
+@pytest.mark.parametrize(
+    ("rate", "is_full", "told"),
+    [
+        (1e-6, False, "low for LoRA"),
+        (2e-4, False, None),
+        (2e-2, False, "high for LoRA"),
+        (1e-6, True, None),
+        (2e-4, True, "high for full training"),
+        (1e-9, True, "low for full training"),
+    ],
+)
+def test_a_learning_rate_for_the_other_kind_of_training_is_told(rate: float, is_full: bool, told: str | None) -> None:
+    trainable = FullTrainable(type="full") if is_full else LoraTrainable()
+    alarms = learning_rate_alarms(trainable, OptimConfig(learning_rate=rate))
+    assert [told in alarm.text for alarm in alarms] == ([True] if told else [])
+
+
+def entry(number: int, completion: str) -> dict[str, Any]:
+    return {"id": f"p{number}", "completion": completion, "scores": {"fair": 0.0}}
+
+
+def test_an_evaluation_whose_every_answer_stayed_is_told_and_one_changed_word_is_enough() -> None:
+    before = [entry(number, "Anna") for number in range(8)]
+    (alarm,) = unmoved({"answers": {"before": before, "after": before}})
+    assert "all 8 held-out answers" in alarm.text
+    assert unmoved({"answers": {"before": before, "after": [*before[:7], entry(7, "Omar")]}}) == []
+    assert unmoved({"answers": {"before": before}}) == []
