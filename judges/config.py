@@ -158,8 +158,10 @@ class AdaptiveConcurrency(StrictModel):
 class RetryBudgetConfig(StrictModel):
     """How many tries beyond the first an endpoint gets, so that an outage is not answered with a storm."""
 
-    share: float = Field(default=0.1, ge=0, le=1)
-    """Extra tries per first try, within the window."""
+    share: float = Field(default=0.2, ge=0, le=1)
+    """Extra tries per first try, within the window: an outage adds at most so much load. Where a share f of all tries
+    fails, f / (1 - f) are needed; 0.1 is too little from f = 0.091 on, 0.2 from f = 0.167 on. Beyond that tries wait for
+    the window."""
     floor: int = Field(default=10, ge=0)
     """Extra tries that the window always allows."""
     window_s: float = Field(default=60.0, gt=0)

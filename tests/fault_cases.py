@@ -348,7 +348,7 @@ CASES: list[Case] = [
         completions=TEN, config={"concurrency": 1}, expect=("quota",), max_calls=1,
     ),
     Case(
-        row=5, name="429 without end", answers=(waits(),), completions=TEN, expect=("deadline",), max_calls=10 + 11,
+        row=5, name="429 without end", answers=(waits(),), completions=TEN, expect=("deadline",), max_calls=10 + 10 + 2,
     ),
     *[
         Case(row=6, name=f"{status} once", answers=(reply(status, {}), OK), expect=("scored",), attempts=2)

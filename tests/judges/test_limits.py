@@ -244,7 +244,7 @@ def test_slots_are_handed_out_in_order_and_cancelled_waits_lose_none(jobs: list[
     run_virtually(main())
 
 
-def test_extra_tries_are_a_tenth_of_the_first_ones_and_a_floor_within_the_window() -> None:
+def test_extra_tries_are_a_share_of_the_first_ones_and_a_floor_within_the_window() -> None:
     clock = Clock()
     budget = RetryBudget(RetryBudgetConfig(share=0.1, floor=2, window_s=60.0), clock=clock)
     for _ in range(30):
@@ -257,6 +257,19 @@ def test_extra_tries_are_a_tenth_of_the_first_ones_and_a_floor_within_the_window
         True,
         False,
     ]  # what was earned has expired too: the floor is left
+
+
+def test_the_default_share_is_enough_where_one_try_in_ten_fails_and_bounds_an_outage() -> None:
+    clock = Clock()
+    budget = RetryBudget(RetryBudgetConfig(), clock=clock)
+    for _ in range(2000):
+        budget.note_first()
+    # 10% of 2,000, 10% of those again, and so on: 2,000 * 0.1 / 0.9 = 222.2 extra tries
+    assert all(budget.take() for _ in range(223))
+    num_more = 0
+    while budget.take():
+        num_more += 1
+    assert 223 + num_more == 10 + 400  # the floor, and a fifth of the first tries
 
 
 def test_without_any_budget_waiting_is_hopeless() -> None:
