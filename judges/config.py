@@ -160,8 +160,8 @@ class RetryBudgetConfig(StrictModel):
 
     share: float = Field(default=0.2, ge=0, le=1)
     """Extra tries per first try, within the window: an outage adds at most so much load. Where a share f of all tries
-    fails, f / (1 - f) are needed; 0.1 is too little from f = 0.091 on, 0.2 from f = 0.167 on. Beyond that tries wait for
-    the window."""
+    fails, f / (1 - f) are needed, which 0.2 covers up to f = 0.166 (0.1 would only up to 0.09). Beyond it, extra tries
+    wait for the window."""
     floor: int = Field(default=10, ge=0)
     """Extra tries that the window always allows."""
     window_s: float = Field(default=60.0, gt=0)
