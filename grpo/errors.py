@@ -10,7 +10,8 @@ GrpoError
     ├── NonFiniteUpdate     loss or gradient is NaN or infinite
     ├── OutOfMemory         the smallest micro-batch does not fit
     ├── TooFewVerdicts      too many completions went unscored
-    └── EngineError         the rollout engine does not do what it was told
+    ├── EngineError         the rollout engine does not do what it was told
+    └── StorageError        the run directory cannot be written or read
 """
 
 from __future__ import annotations
@@ -58,3 +59,7 @@ class TooFewVerdicts(RunStopped):
 
 class EngineError(RunStopped):
     """The rollout engine failed, or samples from other weights than the policy's."""
+
+
+class StorageError(RunStopped):
+    """The disk refuses what must be kept, such as when it is full. The message names the path and what was needed."""
