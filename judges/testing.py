@@ -113,7 +113,7 @@ async def _check_judging(
 ) -> None:
     plain = [_request(f"plain#{n}", f"It was Anna, as line {n} says.") for n in range(NUM_PLAIN)]
     hostile = [_request(f"hostile#{n}", text) for n, text in enumerate(HOSTILE)]
-    async with _watched_loop(problems):
+    async with watched_loop(problems):
         found = await _ask(judging, plain, config, problems)
         if found and not any(isinstance(one, Scored) for one in found):
             last = found[-1]
@@ -229,8 +229,8 @@ def _reply_problem(reply: Any) -> str:
 
 
 @asynccontextmanager
-async def _watched_loop(problems: list[str]) -> AsyncIterator[None]:
-    """Note the longest time for which nothing else could run."""
+async def watched_loop(problems: list[str]) -> AsyncIterator[None]:
+    """Note among the problems that nothing else could run for longer than MAX_BLOCK_S."""
     longest = 0.0
 
     async def tick() -> None:

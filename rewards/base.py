@@ -74,10 +74,10 @@ async def score_group(reward: AnyReward, inputs: Sequence[RewardInput]) -> list[
         )  # a copy: a reward that mutates its list must not shift the scores
     except Exception as exc:  # noqa: BLE001  # any failure of foreign code is a missing score, never a number
         return _all_missing(inputs, describe_exception(exc))
-    problem = _shape_problem(answer, num_expected=len(inputs))
+    problem = shape_problem(answer, num_expected=len(inputs))
     if problem:
         return _all_missing(inputs, problem)
-    return [_checked_score(value) for value in answer]
+    return [checked_score(value) for value in answer]
 
 
 async def check_reward_ready(reward: AnyReward) -> None:
@@ -145,7 +145,7 @@ async def _call_hook(reward: AnyReward, name: str) -> None:
         await answer
 
 
-def _shape_problem(answer: Any, *, num_expected: int) -> str:
+def shape_problem(answer: Any, *, num_expected: int) -> str:
     is_sequence = hasattr(answer, "__len__") and hasattr(answer, "__getitem__")
     if not is_sequence or isinstance(answer, str | bytes | dict):
         return f"the reward answered {type(answer).__name__}, expected a list of {num_expected} scores"
@@ -154,7 +154,7 @@ def _shape_problem(answer: Any, *, num_expected: int) -> str:
     return ""
 
 
-def _checked_score(answer: Any) -> Score:
+def checked_score(answer: Any) -> Score:
     value, reason = (answer.value, answer.reason) if isinstance(answer, Score) else (answer, "")
     if value is None:
         return Score(value=None, reason=_shortened(reason) or "the reward gave no value and no reason")

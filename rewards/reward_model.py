@@ -119,9 +119,15 @@ class RewardModel:
         classifier = self._loaded()
         limits = [limit for limit in (self._config.max_tokens, classifier.max_tokens) if limit is not None]
         longest = min(limits, default=None)
-        rows = [classifier.encode(one.prompt, one.completion) for one in inputs]
-        answers: list[Score | None] = [_length_problem(row, longest) for row in rows]
-        fitting = [index for index, answer in enumerate(answers) if answer is None]
+        answers: list[Score | None] = [_unicode_problem(one) for one in inputs]
+        rows = {
+            index: classifier.encode(one.prompt, one.completion)
+            for index, one in enumerate(inputs)
+            if answers[index] is None
+        }
+        for index, row in rows.items():
+            answers[index] = _length_problem(row, longest)
+        fitting = [index for index in rows if answers[index] is None]
         fitting.sort(key=lambda index: _length(rows[index]))  # rows of like length together: less padding
         with self._lock:
             values = scores_in_batches([rows[index] for index in fitting], classifier.scores, self._config.batch_size)
@@ -129,6 +135,12 @@ class RewardModel:
             answers[index] = value
         assert all(answer is not None for answer in answers)
         return [answer for answer in answers if answer is not None]
+
+
+def _unicode_problem(one: RewardInput) -> Score | None:
+    if any("\ud800" <= character <= "\udfff" for character in one.prompt + one.completion):
+        return Score(value=None, reason="the text is no valid Unicode (a surrogate without its pair)")
+    return None
 
 
 def scores_in_batches(

@@ -20,6 +20,7 @@ from transformers import (
 
 from rewards import RewardConfigError, RewardContext, RewardInput, RewardSpec, RewardUnavailable, Score, build_reward
 from rewards.reward_model import RewardModel, RewardModelConfig, Row
+from rewards.testing import check_reward
 
 COMPLETIONS = ["Paris.", "The capital of France is Paris, the quick brown fox.", "6", "It is the lazy dog.", ""]
 
@@ -205,3 +206,15 @@ def test_it_is_found_by_name_and_beside_the_recipe(tmp_path, tiny_model_dir):
         build_reward(
             RewardSpec(name="reward_model", params={"model": "m", "dtpye": "auto"}), RewardContext(base_dir=tmp_path)
         )
+
+
+def test_it_keeps_the_contract_of_a_reward(tmp_path: Path, tiny_model_dir: Path) -> None:
+    folder = save_classifier(tmp_path, tiny_model_dir)
+    check_reward(RewardSpec(name="reward_model", params={"model": str(folder), "max_tokens": 90}))
+
+
+def test_half_a_surrogate_pair_costs_its_own_score_only(tmp_path: Path, tiny_model_dir: Path) -> None:
+    reward = RewardModel(RewardModelConfig(model=str(save_classifier(tmp_path, tiny_model_dir))))
+    good, broken = scores(reward, ["Paris.", "half of a pair: \ud800"])
+    assert good.value is not None
+    assert (broken.value, broken.reason) == (None, "the text is no valid Unicode (a surrogate without its pair)")
