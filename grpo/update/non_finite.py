@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 NOWHERE = (
-    "no module: every output and gradient is finite, so what came in from outside is not (the advantages, a loss of "
-    "one's own, or a sampled token that the sampling law forbids)"
+    "no module: every weight, output and gradient is finite, so what came in from outside is not (the advantages, a "
+    "loss of one's own, or a sampled token that the sampling law forbids)"
 )
 
 
@@ -22,13 +22,13 @@ def first_non_finite_module(model: nn.Module, loss: Callable[[], Tensor]) -> str
         model: whose modules are watched.
         loss: computes the loss through the model, with gradient.
     Returns:
-        Such as "model.layers.3.mlp (its output)"; NOWHERE where every module's numbers are finite: then what came in
-        from outside (scores, advantages, reference) is not.
+        Such as "model.layers.3.mlp (its output)", or "lm_head.weight (the weight itself)": the head is no module's
+        call. NOWHERE where all these are finite: then what came in from outside (advantages, reference) is not.
     """
     found: list[str] = []
 
     def look(where: str, *tensors: Tensor) -> None:
-        if not found and not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        if not found and not all(is_finite(tensor) for tensor in tensors):
             found.append(where)
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -51,7 +51,13 @@ def first_non_finite_module(model: nn.Module, loss: Callable[[], Tensor]) -> str
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else NOWHERE
+    weights = (f"{name} (the weight itself)" for name, weight in model.named_parameters() if not is_finite(weight))
+    return found[0] if found else next(weights, NOWHERE)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether every entry is."""
+    return bool(torch.isfinite(values).all())
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -277,8 +277,11 @@ class Updater:
             return shortages or None
         cause = ""
         if bad is not None:
-            module = self._culprit(work[bad], whole, weighing)
-            cause = f"the loss of a micro-batch of {work[bad].batch.num_tokens} tokens is not finite; first in {module}"
+            found = [self._culprit(work[bad], whole, weighing)]
+            if given := work[bad].not_finite():
+                found = [f"what it is given: {', '.join(given)}", *(one for one in found if one != NOWHERE)]
+            cause = f"the loss of a micro-batch of {work[bad].batch.num_tokens} tokens is not finite; first in "
+            cause += "; then in ".join(found)
         causes = [text for text in self._ranks.gather([cause]) if text]
         return NonFiniteStep(
             cause="; ".join(causes),

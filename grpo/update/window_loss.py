@@ -29,6 +29,7 @@ from grpo.update.losses import (
     policy_ratio,
     reduce_loss,
 )
+from grpo.update.non_finite import is_finite
 from grpo.update.rollout_correction import correction_weights, ratio_tails
 from grpo.update.statistics import WindowStatistics
 
@@ -88,6 +89,16 @@ class MicroBatchWork:
     fixed: _Fixed | None = None
     place: int = 0
     """Of the micro-batch, in the rank's batch, that it is or is a part of."""
+
+    def not_finite(self) -> list[str]:
+        """Names of what the loss is given that is not finite."""
+        given = {
+            "the advantages": self.batch.advantages,
+            "the sampler's log-probabilities": self.batch.sampler_logprobs,
+        }
+        if self.fixed is not None:
+            given["the reference's log-probabilities"] = self.fixed.ref_logprobs
+        return [name for name, values in given.items() if not is_finite(values)]
 
     def parts(self, budget: int, params: SamplingParams, *, remembers: bool) -> list[MicroBatchWork]:
         """Smaller ones that come to the same: within a budget of padded tokens, or of one row. What the first window
