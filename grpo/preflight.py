@@ -267,8 +267,8 @@ def _with_model(
     max_prompt_tokens = None if context_tokens is None else context_tokens - config.rollout.max_new_tokens
     to_check = prompts.to_check() if purpose == "train" else []
     held_out = prompts.held_out(config.eval.num_prompts) if _evaluates(config, purpose) else []
-    for prompt in [*to_check, *held_out]:
-        encode_prompt(prompt, tokenizer, max_tokens=max_prompt_tokens)
+    checked = [encode_prompt(prompt, tokenizer, max_tokens=max_prompt_tokens) for prompt in [*to_check, *held_out]]
+    longest_prompt = max((len(prompt.token_ids) for prompt in checked), default=1)
     if purpose == "train" and config.warmup is not None:
         load_examples(
             config.warmup, tokenizer, end_token_ids=params.end_token_ids, context_tokens=context_tokens
@@ -291,7 +291,7 @@ def _with_model(
         max_prompt_tokens=max_prompt_tokens,
         params=params,
         policy=policy,
-        engine=open_engine(config, policy, tokenizer, params),
+        engine=open_engine(config, policy, tokenizer, params, longest_prompt=longest_prompt),
         scorer=scorer,
         eval_scorer=eval_scorer,
         updater=updater,

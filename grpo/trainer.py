@@ -280,7 +280,10 @@ class Trainer:
         parts = self.parts
         if done < self.config.steps:
             (prompt, *_) = parts.encode(parts.prompts.batch(done + 1))
-            self._ranks.together(lambda: check_engine_follows(parts.engine, parts.policy, prompt, parts.params))
+            together = self._ranks.together
+            together(
+                lambda: check_engine_follows(parts.engine, parts.policy, prompt, parts.params, together=together)
+            )
 
     def _saved(self, step: int, checkpoint: Checkpoint | None) -> Checkpoint:
         """The last checkpoint where it is this step's, else a new one."""

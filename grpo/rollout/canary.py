@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -26,7 +26,17 @@ MAX_RESIDUE = 1 / 3
 """Share of that change that may be left with the true weights: bfloat16 servers compute a request in other batches."""
 
 
-def check_engine_follows(engine: RolloutEngine, policy: Policy, prompt: EncodedPrompt, params: SamplingParams) -> None:
+Together = Callable[[Callable[[], RolloutGroup]], RolloutGroup]
+
+
+def check_engine_follows(
+    engine: RolloutEngine,
+    policy: Policy,
+    prompt: EncodedPrompt,
+    params: SamplingParams,
+    *,
+    together: Together = lambda do: do(),
+) -> None:
     """Sync, sync disturbed weights, sync the true ones again: the log-probabilities must change and come back.
 
     The policy is afterwards what it was, to the bit, on an exception too.
@@ -34,6 +44,8 @@ def check_engine_follows(engine: RolloutEngine, policy: Policy, prompt: EncodedP
     Args:
         prompt: any; a few tokens are sampled after it.
         params: of the run; only its end tokens are used.
+        together: has every rank do it, and raises on each what one of them meets; see `Ranks.together`. A rank that
+            stopped alone would leave the others waiting for it at the next sync.
     Raises:
         EngineError: the disturbed weights did not reach the engine, or stayed in it.
     """
@@ -44,10 +56,10 @@ def check_engine_follows(engine: RolloutEngine, policy: Policy, prompt: EncodedP
         (group,) = engine.sample([prompt], NUM_SAMPLES, params=plain, seed=0)
         return group
 
-    before = sampled()
+    before = together(sampled)
     with _disturbed(policy):
-        disturbed = sampled()
-    after = sampled()
+        disturbed = together(sampled)
+    after = together(sampled)
     change, residue = _difference(before, disturbed), _difference(before, after)
     name = type(engine).__name__
     if change < MIN_CHANGE:

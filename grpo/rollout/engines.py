@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from grpo.config import RunConfig, VllmEngineConfig, VllmServerConfig
-from grpo.errors import ConfigError
 from grpo.rollout.base import RolloutEngine, SamplingParams
 from grpo.runtime.distributed import Ranks
 from grpo.runtime.models import resolve_model
@@ -22,10 +21,6 @@ def check_engine(config: RunConfig) -> None:
     Raises:
         ConfigError: it is not, it is too old, or a server was not started for this.
     """
-    if isinstance(config.rollout.engine, VllmServerConfig):
-        raise ConfigError(
-            "rollout.engine.type is vllm_server, which this version cannot use yet. Set it to vllm or transformers."
-        )
     if isinstance(config.rollout.engine, VllmEngineConfig):
         from grpo.rollout.vllm_engine import check_installed
 
@@ -37,12 +32,18 @@ def check_engine(config: RunConfig) -> None:
 
 
 def open_engine(
-    config: RunConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase, params: SamplingParams
+    config: RunConfig,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    params: SamplingParams,
+    *,
+    longest_prompt: int = 1,
 ) -> RolloutEngine:
     """The engine with the policy's weights in it.
 
     Args:
         params: the law of training; an engine that cannot sample by it says so now.
+        longest_prompt: tokens of the longest prompt there is; an engine without room for it says so now.
     Raises:
         ConfigError: it cannot be started with this recipe.
     """
@@ -57,13 +58,16 @@ def open_engine(
             model=resolve_model(config.model, config.base_dir),
             params=params,
             max_rows=rollout.max_rows,
+            longest_prompt=longest_prompt,
             seed=derived_seed(config.seed, "engine"),
         )
     if isinstance(rollout.engine, VllmServerConfig):
         from grpo.rollout.vllm_server import VllmServerEngine
 
         ranks = Ranks(use_cpu=config.device == "cpu")  # joined already
-        return VllmServerEngine(policy, tokenizer, rollout.engine, params=params, ranks=ranks)
+        return VllmServerEngine(
+            policy, tokenizer, rollout.engine, params=params, ranks=ranks, longest_prompt=longest_prompt
+        )
     from grpo.rollout.transformers_engine import TransformersEngine
 
     return TransformersEngine(policy, tokenizer, max_rows=rollout.max_rows, max_batch_tokens=rollout.max_batch_tokens)

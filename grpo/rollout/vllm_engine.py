@@ -70,6 +70,7 @@ class VllmEngine:
         model: Path | str,
         params: SamplingParams,
         max_rows: int = 64,
+        longest_prompt: int = 1,
         seed: int = 0,
     ) -> None:
         """Start vLLM beside the policy, with the policy's weights.
@@ -78,6 +79,7 @@ class VllmEngine:
             model: folder or hub name of the model that the policy was loaded from; see `models.resolve_model`.
             params: the law of training, checked before anything is loaded; `sample` takes others too.
             max_rows: completions decoded side by side.
+            longest_prompt: tokens that must fit vLLM's context beside a completion.
             seed: of vLLM's own generator, from which nothing is drawn: every completion has its seed.
         Raises:
             ConfigError: vLLM is not installed, too old, or cannot do what the recipe asks.
@@ -95,7 +97,7 @@ class VllmEngine:
         self._dtype = policy.compute_dtype
         self._llm: Any = _start(policy, config, model=model, sync=self._sync, max_rows=max_rows, seed=seed)
         self._max_model_len = int(self._llm.llm_engine.model_config.max_model_len)
-        self._check_room(1, params)
+        self._check_room(longest_prompt, params)
         self.load_weights(policy)
 
     @property

@@ -34,8 +34,14 @@ class ServerFacts:
     """package.module:name of each that was loaded."""
     max_lora_rank: int | None
     """None without LoRA."""
+    num_shards: int
+    """Workers that the model is split over."""
     has_base_weights: bool
     """False once whole weights were synced: an adapter would be added to another base than the trainer's."""
+
+    def takes_adapters(self, rank: int) -> bool:
+        """Whether an adapter of this rank can be given to it, and read back."""
+        return (self.max_lora_rank or 0) >= rank and self.num_shards == 1 and self.has_base_weights
 
 
 def shape_of(config: Any) -> dict[str, Any]:

@@ -112,6 +112,32 @@ def whole_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Ten
         yield plain, weight.to(dtype)
 
 
+def base_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(name in the plain model, weight in `dtype`) of every parameter as it is without the adapter."""
+    for name, parameter in policy.causal_lm.named_parameters():
+        if not parameter.requires_grad:  # the adapter's own
+            yield name.replace(".base_layer.", "."), parameter.detach().to(dtype)
+
+
+def read_back_columns(width: int) -> list[int]:
+    """Which columns of a matrix [out, width] a worker reads back through its kernels."""
+    return sorted({0, width // 2, width - 1})
+
+
+def read_back_samples(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Of each weight what a worker can compare with its own: some columns [out, C] of a matrix, a whole vector.
+
+    On the CPU.
+    """
+    samples: dict[str, Tensor] = {}
+    for name, tensor in weights:
+        if tensor.dim() == 2:
+            samples[name] = tensor[:, read_back_columns(tensor.shape[1])].to("cpu", copy=True).contiguous()
+        elif tensor.dim() == 1:
+            samples[name] = tensor.to("cpu", copy=True)
+    return samples
+
+
 def adapter_of(policy: Policy) -> Adapter:
     """The policy's adapter, as it is now (the tensors are the policy's own)."""
     assert isinstance(policy.model, PeftModel)

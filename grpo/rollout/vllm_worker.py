@@ -26,7 +26,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ig
 )
 
 from grpo.errors import EngineError
-from grpo.rollout.vllm_sync import Checksum, SyncReport
+from grpo.rollout.vllm_sync import Checksum, SyncReport, read_back_columns
 
 ADAPTER_ID = 1
 """Of the one adapter there is: every request has it, or none has."""
@@ -116,7 +116,7 @@ def check_weights(model: nn.Module, samples: Mapping[str, Tensor]) -> int:
     A matrix is read through the product that samples with it: W e_j is its column j, exact in any dtype.
 
     Args:
-        samples: parameter name -> columns [out, C] of a matrix at `_columns`, or a whole vector.
+        samples: parameter name -> columns [out, C] of a matrix at `read_back_columns`, or a whole vector.
     Raises:
         EngineError: one differs.
     """
@@ -192,20 +192,15 @@ def _read_columns(module: nn.Module) -> Tensor:
     width: int = getattr(module, "input_size_per_partition", None) or module.embedding_dim  # pyright: ignore[reportAssignmentType, reportAttributeAccessIssue]
     dtype: Any = getattr(module, "params_dtype", None) or next(module.parameters()).dtype
     device = next(module.parameters()).device
-    one_hot = torch.eye(width, dtype=dtype, device=device)[_columns(width)]  # [C, in]
+    one_hot = torch.eye(width, dtype=dtype, device=device)[read_back_columns(width)]  # [C, in]
     return method.apply(module, one_hot).T
-
-
-def _columns(width: int) -> list[int]:
-    """Which columns of a matrix are read back."""
-    return sorted({0, width // 2, width - 1})
 
 
 def _sampled(weights: Iterable[tuple[str, Tensor]], samples: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The same weights; of each, what `check_weights` needs is kept."""
     for name, tensor in weights:
         if tensor.dim() == 2:
-            samples[name] = tensor[:, _columns(tensor.shape[1])].clone()
+            samples[name] = tensor[:, read_back_columns(tensor.shape[1])].clone()
         elif tensor.dim() == 1:
             samples[name] = tensor.clone()
         yield name, tensor
