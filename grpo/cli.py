@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from grpo.command_arguments import Overrides, check_writable, recipe_of
+from grpo.doctor_command import doctor
 from grpo.judge_commands import judge
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 
 app.add_typer(judge, name="judge")
+app.command()(doctor)
 
 
 @app.command()
@@ -106,12 +108,12 @@ def evaluate(
 
 @app.command()
 def score(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file: its objectives are used.")],
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file; objectives alone will do.")],
     completions: Annotated[
-        Path, typer.Argument(help="JSON lines with prompt and completion, such as a run's completions.jsonl.")
+        Path, typer.Argument(help="JSON lines or CSV with prompt and completion, such as a run's completions.jsonl.")
     ],
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Write every line with its verdicts to this file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write every row with its verdicts to this file.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the means to this file.")] = None,
     audit: Annotated[Path | None, typer.Option(help="Append what judges were asked and answered to this file.")] = None,
     eval_rewards: Annotated[bool, typer.Option(help="Ask the objectives' eval_rewards.")] = False,
@@ -119,9 +121,9 @@ def score(
     """Score a file of completions by a recipe's objectives. Trains nothing."""
     from grpo.diagnostics.score_tables import show_scores
     from grpo.recipe_loader import load_recipe
-    from grpo.score_file import min_valid_shortage, score_file, summarise_scores, write_scores
+    from grpo.score_file import complete_for_scoring, min_valid_shortage, score_file, summarise_scores, write_scores
 
-    config = load_recipe(recipe_of(recipe), overrides or [])
+    config = load_recipe(recipe_of(recipe), overrides or [], complete=complete_for_scoring)
     for option, path in (("--out", out), ("--json", json_file), ("--audit", audit)):
         check_writable(option, path)
     rows = score_file(config, completions.expanduser().absolute(), for_evaluation=eval_rewards, audit_path=audit)

@@ -41,7 +41,11 @@ def train(case: Case, prompts: Sequence[str], pace: Pace) -> None:
                     "max_new_tokens": case.new_tokens,
                     "min_new_tokens": case.new_tokens - 1,
                 },
-                "update": {"loss": {"type": "dapo"}, "kl": {"estimator": "k3", "kl_correction": "ratio"}},
+                "update": {
+                    "loss": {"type": "dapo"},
+                    "kl": {"estimator": "k3", "kl_correction": "ratio"},
+                    "micro_batch_tokens": case.group_tokens,  # one group, as theirs
+                },
                 "optim": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
                 "trainable": {"type": "lora", "rank": RANK, "alpha": ALPHA},
                 "eval": {"before": False, "after": False},

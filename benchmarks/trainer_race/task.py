@@ -35,6 +35,11 @@ class Case:
         """Completions of a step."""
         return self.prompts * self.group_size
 
+    @property
+    def group_tokens(self) -> int:
+        """Of a group whose prompt is computed once."""
+        return self.prompt_tokens + 2 + self.group_size * self.new_tokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFigures:

@@ -95,6 +95,16 @@ def load_tokenizer(name: str, *, base_dir: Path) -> PreTrainedTokenizerBase:
     return _load_tokenizer(name, target, base_dir)
 
 
+def load_generation_config(name: str, *, base_dir: Path) -> GenerationConfig | None:
+    """The model's generation_config.json; None where it has none. Raises ModelError where `name` cannot be found."""
+    target = resolve_model(name, base_dir)
+    try:
+        with quiet_transformers():
+            return GenerationConfig.from_pretrained(target)
+    except OSError:  # there is no such file, which is no fault
+        return None
+
+
 def resolve_model(name: str, base_dir: Path) -> Path | str:
     """An absolute folder in transformers' format, or the hub name as given. Converts a packaged model on first use.
 

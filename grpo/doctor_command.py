@@ -1,0 +1,38 @@
+"""`grpo doctor`: parse, check, import late, call, print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grpo.command_arguments import Overrides, check_writable, recipe_of
+
+
+def doctor(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="A shipped recipe's name, a YAML file, or a run directory; the machine alone without one."),
+    ] = None,
+    overrides: Overrides = None,
+    judges: Annotated[bool, typer.Option(help="Probe each judge, with a dozen calls that may cost money.")] = True,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that are going to be launched.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the findings to this file.")] = None,
+) -> None:
+    """Find what is wrong with this machine, and with a recipe on it, in seconds. Trains nothing, reads no weights."""
+    from grpo.diagnostics.doctor.examination import examine
+    from grpo.diagnostics.finding_tables import show_findings
+    from grpo.diagnostics.findings import findings_as_json, worst_status
+    from grpo.recipe_loader import load_recipe
+    from grpo.runtime.machine import ThisMachine
+
+    check_writable("--json", json_file)
+    config = load_recipe(recipe_of(recipe), overrides or []) if recipe is not None else None
+    findings = examine(ThisMachine(), config, asks_judges=judges, ranks=ranks, working_dir=Path.cwd())
+    if json_file is not None:
+        json_file.write_text(json.dumps(findings_as_json(findings), indent=1) + "\n", encoding="utf-8")
+    show_findings(findings, title=f"Doctor: {recipe or 'this machine'}")
+    if worst_status(findings) == "failed":
+        raise typer.Exit(1)
