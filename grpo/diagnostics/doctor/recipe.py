@@ -18,7 +18,7 @@ from grpo.runtime.machine import Machine
 from grpo.runtime.models import check_model, end_token_ids, load_generation_config, load_tokenizer
 from judges.errors import JudgeError
 from judges.opening import open_pool
-from judges.probes import probe_judge
+from judges.probes import ProbeReport, probe_judge
 
 ASSUMED = Assumptions(latency_s=2.0, reply_tokens=100, completion_tokens=0)
 
@@ -233,9 +233,11 @@ def _with_length(assumed: Assumptions, completion_tokens: int) -> Assumptions:
 
 
 def _probed(one: FoundJudge) -> Finding:
-    """Two real answers and the master keys, through the judge's own pool."""
+    """Two real answers and the master keys, through the judge's own pool; what fails is asked once more."""
     try:
-        report = asyncio.run(_probe(one))
+        reports = [asyncio.run(_probe(one))]
+        if not reports[0].is_trustworthy:
+            reports.append(asyncio.run(_probe(one)))
     except JudgeError as exc:
         return Finding(
             check="judges",
@@ -244,30 +246,38 @@ def _probed(one: FoundJudge) -> Finding:
             meaning="every verdict of this judge would be missing",
             remedy="start the judge, or put url, model and key right",
         )
-    if report.is_trustworthy:
+    first, last = reports[0], reports[-1]
+    if first.is_trustworthy:
         return Finding(
             check="judges",
             status="ok",
-            what=f"{_name_of(one)}: reachable, answers in its schema, and none of {len(report.findings) - 2} texts "
+            what=f"{_name_of(one)}: reachable, answers in its schema, and none of {len(first.findings) - 2} texts "
             "without an answer passes",
         )
-    unanswered = [finding for finding in report.findings if finding.result == "no_verdict"]
-    fooled = len(report.problems) - len(unanswered)
+    fooled = [a for a, b in zip(first.findings, last.findings, strict=True) if a.result == b.result == "fooled"]
+    if fooled:
+        texts = ", ".join(repr(finding.completion[:60]) for finding in fooled)
+        return Finding(
+            check="judges",
+            status="failed",
+            what=f"{_name_of(one)}: asked twice, it takes {texts} for a right answer",
+            meaning="a policy finds such texts within hours, and learns to write nothing else",
+            remedy="a stronger judge model, or a rubric that asks for the reason before the score; a rubric of your "
+            "own may not fit the probe's question, which is about a short scene",
+        )
     return Finding(
         check="judges",
-        status="failed" if fooled else "warning",
-        what=f"{_name_of(one)}: {'; '.join(report.problems)}",
-        meaning="a policy finds such texts within hours, and learns to write nothing else"
-        if fooled
-        else "some questions got no verdict, so part of the check is missing",
-        remedy="a stronger judge model, or a rubric that asks for the reason before the score; rubrics other than the "
-        "built-in ones may not fit the probe's question, which is about a short scene",
+        status="warning",
+        what=f"{_name_of(one)}: {'; '.join(first.problems)}",
+        meaning="this judge errs, or does not answer, now and then; the advantages get that much noisier",
+        remedy="grpo judge calibrate RECIPE gold.jsonl says how often, against verdicts of people",
     )
 
 
-async def _probe(one: FoundJudge) -> Any:
+async def _probe(one: FoundJudge) -> ProbeReport:
     async with open_pool(one.config, one.rubric) as pool:
-        return await probe_judge(pool, criterion=one.rubric.name, low=one.config.scale.low, high=one.config.scale.high)
+        scale = one.config.scale
+        return await probe_judge(pool, criterion=one.rubric.name, low=scale.low, high=scale.high)
 
 
 def _name_of(one: FoundJudge) -> str:
