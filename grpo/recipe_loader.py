@@ -9,7 +9,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -37,20 +37,26 @@ def recipe_names() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_recipe(
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    *,
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+) -> RunConfig:
     """Read a recipe and apply `key=value` overrides.
 
     Args:
         name_or_path: a shipped recipe's name, or a YAML file. Relative paths inside a file are resolved against the
             file's folder; those in a shipped recipe, against the current directory.
         overrides: dotted keys with YAML values, such as `rollout.group_size=4`.
+        complete: adds what the caller never reads and a recipe may leave out.
     Raises:
         ConfigError: no such recipe, unreadable YAML, or a key or value that is wrong.
     """
     values, base_dir = _read(name_or_path)
     for override in overrides:
         _apply(values, override)
-    return parse_recipe(values, base_dir=base_dir, source=name_or_path)
+    return parse_recipe(complete(values), base_dir=base_dir, source=name_or_path)
 
 
 def load_run_config(run_dir: Path) -> RunConfig:

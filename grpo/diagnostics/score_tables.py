@@ -25,6 +25,9 @@ def show_scores(summary: Mapping[str, Mapping[str, Any]], console: Console | Non
         for kind, mean in own.get("kinds", {}).items():
             table.add_row(_text(f"  {kind}", console), "", "", f"{mean:.3f}")
     console.print(table)
+    for name, own in summary.items():
+        for cause, count in own.get("causes", {}).items():
+            console.print(_text(f"no verdict for {name}, {count} x: {cause}", console))
 
 
 def show_bbq(bbq: Mapping[str, Mapping[str, Mapping[str, Any]]], console: Console) -> None:
