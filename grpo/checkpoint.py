@@ -1,30 +1,36 @@
-"""Saves and restores a run: weights, reference, optimizer, betas, entropy bonus, counts. Safetensors and JSON only;
-no pickle is ever read.
+"""Saves and restores a run: weights, reference, optimizer, betas, entropy bonus, counts, random generators. Safetensors
+and JSON only; no pickle is ever read.
 
-A checkpoint is written into a temporary folder, every file synced, the manifest last, and then renamed: a folder
-called step-N is whole, and its manifest's hashes say so.
+A checkpoint is written by `durable_files.new_folder`: a folder called step-N is whole, and its manifest's hashes say
+so. Older ones are deleted when the new one has been read back from the disk and is as its manifest says.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grpo.errors import CheckpointError
+from grpo.durable_files import (
+    folder_bytes,
+    folder_damage,
+    free_bytes,
+    new_folder,
+    remove_folder,
+    remove_leftovers,
+    write_atomically,
+)
+from grpo.errors import CheckpointError, GrpoError, StorageError
+from grpo.phases import Announce, silent
 from grpo.runtime.optim import load_named_state, named_state
+from grpo.runtime.randomness import RandomState, as_tensors, from_tensors
 from grpo.update.step import Updater
 
-FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,47 +40,57 @@ class Checkpoint:
     step: int
     """Optimizer steps taken."""
     folder: Path
+    passed_over: tuple[str, ...] = ()
+    """Newer ones that are damaged: each one's folder and what is wrong with it."""
 
 
-def save_checkpoint(run_dir: Path, updater: Updater, *, step: int, keep: int) -> Checkpoint:
-    """Write checkpoints/step-N atomically, then drop all but the newest `keep`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """What a run is besides its model, optimizer and controllers. Its place in the data is its step: a step's prompts
+    are a function of seed and step."""
+
+    next_prompts: tuple[str, ...] = ()
+    """Ids of the prompts of the step that comes next; other ids on resume mean other data."""
+    skipped_in_a_row: int = 0
+    """Steps without an update for want of verdicts, up to this one."""
+    stuck_betas: tuple[str, ...] = ()
+    """Objectives whose beta a person has been told of."""
+    random_states: tuple[RandomState, ...] = ()
+    """[R] of each rank's generators."""
+
+
+def save_checkpoint(
+    run_dir: Path,
+    updater: Updater,
+    *,
+    step: int,
+    keep: int,
+    state: RunState | None = None,
+    announce: Announce = silent,
+) -> Checkpoint:
+    """Write checkpoints/step-N, read it back, then drop all but the newest `keep`.
 
     Later ones are dropped too: a run that goes on from an earlier step has found them damaged. Only one process may
     save into a run directory.
+
+    Raises:
+        StorageError: it could not be written, or is not on the disk what was written; what was there is still there.
     """
+    state = state or RunState()
+    announce("checkpoint_write")
     parent = run_dir / "checkpoints"
-    parent.mkdir(parents=True, exist_ok=True)
-    for orphan in parent.glob(".step-*"):  # of processes that were killed while they saved
-        shutil.rmtree(orphan)
-    temporary = parent / f".step-{step}-{uuid.uuid4().hex}"
-    temporary.mkdir()
-    try:
-        updater.policy.save(temporary / "policy")
-        remembered = named_state(updater.optimizer)
-        tensors = {name: value for name, value in remembered.items() if isinstance(value, Tensor)}
-        save_file(tensors, temporary / "optimizer.safetensors")
-        state = {
-            "step": step,
-            "betas": {name: controller.state_dict() for name, controller in updater.controllers.items()},
-            "entropy_bonus": updater.entropy_bonus.state_dict() if updater.entropy_bonus else None,
-            "non_finite_in_a_row": updater.non_finite_in_a_row,
-            "micro_batch_tokens": {"recipe": updater.recipe_budget, "now": updater.micro_batch_tokens},
-            "optimizer": {name: value for name, value in remembered.items() if name not in tensors},
-        }
-        (temporary / "state.json").write_text(json.dumps(state, indent=1, allow_nan=False))
-        _write_manifest(temporary)
-        final = parent / f"step-{step}"
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        _sync(parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    remove_leftovers(parent)
+    final = parent / f"step-{step}"
+    with new_folder(final, format_version=FORMAT_VERSION, before_rename=lambda: announce("rename")) as folder:
+        _write(folder, updater, step, state)
+    announce("rotation")
+    problem = folder_damage(final, format_version=FORMAT_VERSION)
+    if problem is not None:
+        raise StorageError(f"{final} was written, but reads back otherwise: {problem}. Look at the disk.")
     found = list_checkpoints(run_dir)
     kept = [checkpoint for checkpoint in found if checkpoint.step <= step][-keep:]
     for dropped in (checkpoint for checkpoint in found if checkpoint not in kept):
-        shutil.rmtree(dropped.folder)
+        remove_folder(dropped.folder)
     return Checkpoint(step=step, folder=final)
 
 
@@ -86,25 +102,50 @@ def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
 
 
 def latest_checkpoint(run_dir: Path) -> Checkpoint:
-    """The newest checkpoint whose files are as its manifest says.
+    """The newest checkpoint whose files are as its manifest says, and what is wrong with newer ones.
 
     Raises:
         CheckpointError: there is none.
     """
-    found = list_checkpoints(run_dir)
     problems: list[str] = []
-    for checkpoint in reversed(found):
-        problem = _damage(checkpoint.folder)
+    for checkpoint in reversed(list_checkpoints(run_dir)):
+        problem = folder_damage(checkpoint.folder, format_version=FORMAT_VERSION)
         if problem is None:
-            return checkpoint
+            return Checkpoint(step=checkpoint.step, folder=checkpoint.folder, passed_over=tuple(problems))
         problems.append(f"{checkpoint.folder}: {problem}")
     detail = "; ".join(problems) if problems else "none was written yet"
     raise CheckpointError(f"{run_dir.absolute()} has no usable checkpoint ({detail}). Start the run anew.")
 
 
+def checkpoint_bytes(updater: Updater, *, vocabulary_size: int, has_anchor: bool) -> int:
+    """What a checkpoint will take at most, before there is one: weights, both moments, the reference, the tokenizer.
+
+    Args: has_anchor: a supervised stage leaves a reference of its own.
+    """
+    trainable = sum(4 * parameter.numel() for parameter in updater.policy.trainable_parameters().values())
+    weights = 4 * updater.policy.num_parameters() if updater.policy.trains_all_weights else trainable
+    tokenizer = 256 * vocabulary_size  # the longest that we have seen have 130 bytes a token
+    return weights + (3 if has_anchor else 2) * trainable + tokenizer + (1 << 18)
+
+
+def check_room(run_dir: Path, *, checkpoint_bytes: int, count: int, error: type[GrpoError] = StorageError) -> None:
+    """Raises `error`, which names the path and the bytes, where the disk has no room for so many more checkpoints."""
+    needed, free = checkpoint_bytes * count, free_bytes(run_dir)
+    if free < needed:
+        raise error(
+            f"{run_dir}: the next {count} checkpoint(s) need {needed} bytes ({checkpoint_bytes} each), but {free} "
+            "bytes are free there. Make room, set a smaller checkpoint.keep, or take an output_dir on another disk."
+        )
+
+
+def bytes_of(checkpoint: Checkpoint) -> int:
+    """What it takes on the disk."""
+    return folder_bytes(checkpoint.folder)
+
+
 def load_checkpoint(checkpoint: Checkpoint, updater: Updater) -> int:
     """Restore all that `save_checkpoint` wrote; returns the number of steps taken. Raises CheckpointError."""
-    problem = _damage(checkpoint.folder)
+    problem = folder_damage(checkpoint.folder, format_version=FORMAT_VERSION)
     if problem is not None:
         raise CheckpointError(f"{checkpoint.folder}: {problem}")
     state = json.loads((checkpoint.folder / "state.json").read_text())
@@ -133,44 +174,37 @@ def load_checkpoint(checkpoint: Checkpoint, updater: Updater) -> int:
     return int(state["step"])
 
 
-def _write_manifest(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        _sync(path)
-    entries = {str(path.relative_to(folder)): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"format": FORMAT_VERSION, "files": entries}, indent=1))
-    _sync(manifest)
-    for inner in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
-        _sync(inner)
+def read_run_state(checkpoint: Checkpoint) -> RunState:
+    """The rest of what `save_checkpoint` wrote, of a checkpoint that was verified."""
+    run = json.loads((checkpoint.folder / "state.json").read_bytes())["run"]
+    tensors = load_file(checkpoint.folder / "random.safetensors")
+    return RunState(
+        next_prompts=tuple(run["next_prompts"]),
+        skipped_in_a_row=int(run["skipped_in_a_row"]),
+        stuck_betas=tuple(run["stuck_betas"]),
+        random_states=from_tensors(tensors, run["random"]),
+    )
 
 
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["format"] != FORMAT_VERSION:
-            return f"its format is {manifest['format']}, this version reads {FORMAT_VERSION}"
-        entries = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        return f"its manifest cannot be read ({exc})"
-    for name, entry in entries.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
-            return f"{name} is damaged: its hash is not the manifest's"
-    return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write(folder: Path, updater: Updater, step: int, run: RunState) -> None:
+    updater.policy.save(folder / "policy")
+    remembered = named_state(updater.optimizer)
+    tensors = {name: value for name, value in remembered.items() if isinstance(value, Tensor)}
+    save_file(tensors, folder / "optimizer.safetensors")
+    random_tensors, random_rest = as_tensors(run.random_states)
+    save_file(random_tensors, folder / "random.safetensors")
+    state = {
+        "step": step,
+        "betas": {name: controller.state_dict() for name, controller in updater.controllers.items()},
+        "entropy_bonus": updater.entropy_bonus.state_dict() if updater.entropy_bonus else None,
+        "non_finite_in_a_row": updater.non_finite_in_a_row,
+        "micro_batch_tokens": {"recipe": updater.recipe_budget, "now": updater.micro_batch_tokens},
+        "optimizer": {name: value for name, value in remembered.items() if name not in tensors},
+        "run": {
+            "next_prompts": run.next_prompts,
+            "skipped_in_a_row": run.skipped_in_a_row,
+            "stuck_betas": run.stuck_betas,
+            "random": random_rest,
+        },
+    }
+    write_atomically(folder / "state.json", json.dumps(state, indent=1, allow_nan=False).encode())

@@ -107,11 +107,13 @@ class LineFile:
         os.close(self._file)
 
 
-def cut_last_lines(path: Path, is_kept: Callable[[bytes], bool]) -> int:
-    """Cut a file of lines behind the last whole line that is kept; a file that is not there has none.
+def cut_last_lines(path: Path, is_kept: Callable[[bytes], bool], *, only_half_line: bool = False) -> int:
+    """Cut a file of lines behind the last line that is kept; a file that is not there has none.
 
     Args:
-        is_kept: of one line, without its newline; asked of the last, then of the one before it, until it says yes.
+        is_kept: of one line, without its newline; asked of the last, then of the one before it, until it says yes. A
+            half last line that is kept has only lost its newline, and gets it.
+        only_half_line: whole lines stay, whatever they are.
     Returns:
         Bytes cut off.
     Raises:
@@ -123,8 +125,14 @@ def cut_last_lines(path: Path, is_kept: Callable[[bytes], bool]) -> int:
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             size = os.fstat(file).st_size
-            end = size - len(_half_line(file, size))
-            for line in _lines_backwards(file, end):
+            half = _half_line(file, size)
+            if half and is_kept(half):
+                os.lseek(file, size, os.SEEK_SET)
+                _write_all(file, b"\n")
+                os.fsync(file)
+                return 0
+            end = size - len(half)
+            for line in () if only_half_line else _lines_backwards(file, end):
                 if is_kept(line):
                     break
                 end -= len(line) + 1
@@ -195,7 +203,7 @@ def folder_damage(folder: Path, *, format_version: int) -> str | None:
             return f"its format is {manifest['format']!r}, this version reads {format_version}"
         entries = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        return f"its {MANIFEST} cannot be read ({type(exc).__name__}: {exc})"
+        return f"its manifest cannot be read ({type(exc).__name__}: {exc})"
     try:
         for name, (num_bytes, digest) in entries.items():
             path = folder / name

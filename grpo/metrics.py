@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from grpo.durable_files import append_lines, cut_last_lines
 from grpo.errors import InputError
 
 STEP = "step"
@@ -199,18 +199,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def append_metrics(path: Path, row: Mapping[str, float | int | str | None]) -> None:
-    """Appends one row as one line. A non-finite float is written as null: JSON has no NaN, and missing is None.
+    """Appends one row as one line, and syncs it. A non-finite float is written as null: JSON has no NaN, and missing is
+    None.
 
     A torn last line, left by a kill, is removed first: behind it the new row would be unreadable.
 
     Raises:
         TypeError: a value is not a plain number, string or None; nothing is written.
+        StorageError: the disk refuses it.
     """
     finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-    line = json.dumps(finite, allow_nan=False).encode() + b"\n"
-    with path.open("a+b") as file:
-        _repair_last_line(file)
-        file.write(line)
+    line = json.dumps(finite, allow_nan=False).encode()
+    cut_last_lines(path, is_json_object, only_half_line=True)
+    append_lines(path, [line])
+
+
+def is_json_object(line: bytes) -> bool:
+    """Whether a line is whole."""
+    try:
+        _json_object(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _json_object(line: bytes) -> dict[str, Any]:
@@ -218,24 +228,6 @@ def _json_object(line: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {type(value).__name__}, not an object")
     return value
-
-
-def _repair_last_line(file: BinaryIO) -> None:
-    size = file.seek(0, os.SEEK_END)
-    if size == 0:
-        return
-    file.seek(size - 1)
-    if file.read(1) == b"\n":
-        return
-    file.seek(0)
-    content = file.read()
-    start = content.rfind(b"\n") + 1  # of the unterminated line
-    try:
-        _json_object(content[start:])
-    except ValueError:
-        file.truncate(start)
-    else:
-        file.write(b"\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

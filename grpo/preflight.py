@@ -24,6 +24,7 @@ from grpo.config import (
     RunConfig,
 )
 from grpo.errors import ConfigError
+from grpo.journal import Journal
 from grpo.objectives import build_objectives, check_objectives_of_prompts
 from grpo.prompts import EncodedPrompt, PromptSource, encode_prompt, open_prompts
 from grpo.rollout.banned_texts import banned_sequences
@@ -87,13 +88,19 @@ class RunParts:
 
 
 def open_run(
-    config: RunConfig, *, purpose: Purpose = "train", audit_path: Path | None = None, ranks: Ranks | None = None
+    config: RunConfig,
+    *,
+    purpose: Purpose = "train",
+    audit_path: Path | None = None,
+    journal: Journal | None = None,
+    ranks: Ranks | None = None,
 ) -> RunParts:
     """Check a recipe and build its parts. Writes nothing but the cache of a packaged model.
 
     Args:
         purpose: what the parts are for; only what that needs is checked.
         audit_path: where judges write what they were asked and answered; nowhere where None.
+        journal: keeps what was sampled and scored of the step under way; nothing is kept where None.
         ranks: the processes of the run; found from the environment where None.
     Raises:
         InputError: whatever is wrong with the recipe, the model, the prompts or a reward.
@@ -116,9 +123,10 @@ def open_run(
         base_dir=config.base_dir,
         audit_path=audit_path,
         replay_path=config.scoring.replay,
+        received=journal,
         num_processes=ranks.count,
     )
-    scorer, eval_scorer = _open_scorers(config, context, purpose)
+    scorer, eval_scorer = _open_scorers(config, context, purpose, journal)
     try:
         return _with_model(config, device, ranks, prompts, scorer, eval_scorer, purpose)
     except BaseException:
@@ -228,13 +236,15 @@ def _check_held_out(config: RunConfig, prompts: PromptSource, purpose: Purpose) 
     )
 
 
-def _open_scorers(config: RunConfig, context: RewardContext, purpose: Purpose) -> tuple[Scorer, Scorer]:
+def _open_scorers(
+    config: RunConfig, context: RewardContext, purpose: Purpose, journal: Journal | None
+) -> tuple[Scorer, Scorer]:
     """The training scorer and the evaluation's; each without rewards where the run will not use it."""
     training = build_objectives(config.objectives, context) if purpose == "train" else ()
     evaluating = (
         build_objectives(config.objectives, context, for_evaluation=True) if _evaluates(config, purpose) else ()
     )
-    scorer, eval_scorer = Scorer(training), Scorer(evaluating)
+    scorer, eval_scorer = Scorer(training, journal=journal), Scorer(evaluating, journal=journal)
     try:
         scorer.check()
         eval_scorer.check()

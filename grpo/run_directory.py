@@ -1,12 +1,11 @@
-"""The folder of a run: config.yaml, metrics.jsonl, completions.jsonl, judge_audit.jsonl, eval.json, checkpoints/.
+"""The folder of a run: config.yaml, metrics.jsonl, completions.jsonl, judge_audit.jsonl, eval.json, checkpoints/,
+journal/.
 
-Knows files; knows nothing of models. Every line goes to disk when its step ends. One process at a time writes here.
+Knows files; knows nothing of models. Every line is on the disk when its step ends. One process at a time writes here.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import RunConfig
-from grpo.errors import ConfigError
-from grpo.metrics import append_metrics, iter_json_lines
+from grpo.durable_files import append_lines, cut_last_lines, write_atomically
+from grpo.errors import ConfigError, StorageError
+from grpo.metrics import append_metrics, is_json_object, iter_json_lines
 from grpo.recipe_loader import dump_config, load_run_config
+from grpo.run_lock import RunLock
 
 MAY_CHANGE_ON_RESUME = {"steps", "checkpoint", "eval", "output_dir", "base_dir", "trackers"}
 """Keys that a resumed run may change without becoming another run."""
@@ -28,7 +29,12 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         """Args: path: absolute; nothing is touched yet."""
         self.path = path
-        self._lock: int | None = None
+        self._lock = RunLock(path)
+
+    @property
+    def journal_path(self) -> Path:
+        """Folder of what was sampled and judged since the last checkpoints."""
+        return self.path / "journal"
 
     @property
     def audit_path(self) -> Path:
@@ -52,39 +58,17 @@ class RunDirectory:
         """Make the folder and write the resolved config. Raises ConfigError."""
         try:
             self.path.mkdir(parents=True)
-            _write_atomically(self.path / "config.yaml", [dump_config(config)])
-        except OSError as exc:
+            write_atomically(self.path / "config.yaml", dump_config(config).encode())
+        except (OSError, StorageError) as exc:
             raise ConfigError(f"output_dir {self.path} cannot be written: {exc}") from exc
 
     def lock(self) -> None:
-        """Keep other processes out until `unlock`, or until this process ends, however it ends.
-
-        On a file system that knows no locks nobody is kept out.
-
-        Raises:
-            ConfigError: another process runs here, or the folder cannot be written to.
-        """
-        try:
-            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as exc:
-            raise ConfigError(f"output_dir {self.path} cannot be written: {exc}") from exc
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            self.unlock()
-            raise ConfigError(
-                f"another process is running in {self.path}. Wait for its end, or start a new run under another "
-                "output_dir."
-            ) from exc
-        except OSError as exc:
-            if exc.errno not in {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK}:
-                raise
+        """Keep other processes out until `unlock`, or until this process ends, however it ends. Raises ConfigError."""
+        self._lock.take()
 
     def unlock(self) -> None:
-        """Let others in; does nothing where there is no lock. The file stays: removing it would race."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Let others in; does nothing where there is no lock."""
+        self._lock.release()
 
     def check_resumable(self, config: RunConfig) -> RunConfig:
         """Refuse to continue a run under another recipe.
@@ -111,18 +95,20 @@ class RunDirectory:
         self.forget_after(done)
         if done < config.steps:
             self._forget_results()
-        _write_atomically(self.path / "config.yaml", [dump_config(config)])
+        write_atomically(self.path / "config.yaml", dump_config(config).encode())
 
     def forget_after(self, step: int) -> None:
-        """Drop lines of steps that the checkpoint does not hold; they will be run, and written, again.
+        """Cut off the lines of steps that the checkpoint does not hold; they will be run, and written, again.
 
-        judge_audit.jsonl keeps its lines: the judges were asked, and will be asked again.
+        judge_audit.jsonl keeps its lines: it says what was asked.
+
+        Raises:
+            InputError: a line of theirs is no JSON, and it is not a last one that a kill has torn.
         """
         for name in ("metrics.jsonl", "completions.jsonl"):
             path = self.path / name
-            if path.exists():
-                kept = (row for row in iter_json_lines(path) if row["step"] <= step)
-                _write_atomically(path, (json.dumps(row) + "\n" for row in kept))
+            cut_last_lines(path, is_json_object, only_half_line=True)
+            cut_last_lines(path, lambda line, path=path: _belongs_to(line, step, path))
 
     def last_step(self) -> int:
         """The last step that metrics.jsonl holds; 0 where there is none."""
@@ -130,15 +116,14 @@ class RunDirectory:
         return max((int(row["step"]) for row in iter_json_lines(path)), default=0) if path.exists() else 0
 
     def append(self, row: Mapping[str, float | int | None], completions: Iterable[Mapping[str, Any]]) -> None:
-        """Write a finished step."""
-        with (self.path / "completions.jsonl").open("a", encoding="utf-8") as file:
-            for completion in completions:
-                file.write(json.dumps(completion, allow_nan=False) + "\n")
+        """Write a finished step; it is on the disk on return. Raises StorageError."""
+        lines = [json.dumps(completion, allow_nan=False).encode() for completion in completions]
+        append_lines(self.path / "completions.jsonl", lines)
         append_metrics(self.path / "metrics.jsonl", row)
 
     def write_eval(self, evaluation: Mapping[str, Any]) -> None:
-        """Write eval.json."""
-        _write_atomically(self.path / "eval.json", [json.dumps(evaluation, indent=1, allow_nan=False)])
+        """Write eval.json. Raises StorageError."""
+        write_atomically(self.path / "eval.json", json.dumps(evaluation, indent=1, allow_nan=False).encode())
 
     def read_eval(self) -> dict[str, Any]:
         """eval.json, empty where there is none."""
@@ -157,22 +142,19 @@ class RunDirectory:
             self.write_eval(kept)
 
 
+def _belongs_to(line: bytes, step: int, path: Path) -> bool:
+    """Whether a whole line is of this step or an earlier one. Raises InputError for one that nobody has torn."""
+    if not line.strip():
+        return False
+    if not is_json_object(line):
+        for _ in iter_json_lines(path):  # which says what is wrong with which line
+            pass
+    return json.loads(line)["step"] <= step
+
+
 def _differences(key: str, saved: Any, now: Any) -> list[str]:
     """Dotted keys whose values differ, with both values."""
     if isinstance(saved, dict) and isinstance(now, dict):
         inner = dict.fromkeys([*saved, *now])
         return [line for name in inner for line in _differences(f"{key}.{name}", saved.get(name), now.get(name))]
     return [] if saved == now else [f"{key} was {saved!r}, now {now!r}"]
-
-
-def _write_atomically(path: Path, texts: Iterable[str]) -> None:
-    """Write the texts one behind the other; whoever reads finds the old file or the new one, after a crash too."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(texts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from grpo.errors import ConfigError
+from grpo.journal import Journal
 from grpo.judge_figures import JudgeFigures
 from grpo.objectives import Objective, WeightedReward
 from grpo.types import RolloutGroup, ScoredGroup, Verdict
@@ -30,7 +31,9 @@ class Scorer:
     `submit` returns at once; the futures' results keep the order in which groups were submitted.
     """
 
-    def __init__(self, objectives: Sequence[Objective]) -> None:
+    def __init__(self, objectives: Sequence[Objective], *, journal: Journal | None = None) -> None:
+        """Args: journal: knows what rewards have said already, and is told what they say."""
+        self._journal = journal
         self._objectives = {objective.name: objective for objective in objectives}
         self._figures = JudgeFigures()
         self._loop = asyncio.new_event_loop()
@@ -100,19 +103,30 @@ class Scorer:
         return [reward for objective in self._objectives.values() for reward in objective.rewards]
 
     async def _score(self, group: RolloutGroup, objectives: Sequence[str]) -> ScoredGroup:
-        inputs = reward_inputs(group)
         asked = [self._objectives[name] for name in objectives]
         async with asyncio.TaskGroup() as tasks:
             running = {
-                (objective.name, reward.name): tasks.create_task(score_group(reward.reward, inputs))
+                (objective.name, reward.name): tasks.create_task(self._ask(group, objective.name, reward))
                 for objective in asked
                 for reward in objective.rewards
             }
         scores = {key: task.result() for key, task in running.items()}
         verdicts = tuple(
-            {objective.name: _verdict(objective, scores, row) for objective in asked} for row in range(len(inputs))
+            {objective.name: _verdict(objective, scores, row) for objective in asked}
+            for row in range(len(group.completions))
         )
         return ScoredGroup(rollout=group, verdicts=verdicts)
+
+    async def _ask(self, group: RolloutGroup, objective: str, reward: WeightedReward) -> list[Score]:
+        """What the reward says of each completion; asked only where the journal does not know it."""
+        if self._journal is None:
+            return await score_group(reward.reward, reward_inputs(group))
+        known = self._journal.scores(group, objective=objective, reward=reward.name)
+        if known is not None:
+            return known
+        scores = await score_group(reward.reward, reward_inputs(group))
+        self._journal.add_scores(group, scores, objective=objective, reward=reward.name)
+        return scores
 
 
 class PendingScores:

@@ -16,15 +16,15 @@ from grpo.types import ScoredGroup
 
 
 class StepGate:
-    """Looks at every step's verdicts, on all ranks alike. Counts the steps in a row that it let pass without an update;
-    a resumed run counts anew."""
+    """Looks at every step's verdicts, on all ranks alike. Counts the steps in a row that it let pass without an update:
+    `skipped_in_a_row`, which a resumed run takes over."""
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self._scoring, self._ranks = config.scoring, ranks
         own = {name: objective.min_valid_fraction for name, objective in config.objectives.items()}
         default = config.scoring.min_valid_fraction
         self._min_valid = {name: default if value is None else value for name, value in own.items()}
-        self._num_short = 0
+        self.skipped_in_a_row = 0
 
     def ask_again(
         self, collected: Collected, scorer: Scorer, pause: Callable[[], bool], *, stopwatch: Stopwatch
@@ -53,16 +53,16 @@ class StepGate:
         """
         short = self._shortage(collected) or self._nothing_left(batch)
         if not short:
-            self._num_short = 0
+            self.skipped_in_a_row = 0
             return ""
         if self._scoring.below != "skip":
             raise TooFewVerdicts(f"step {step}: {short}")
-        if self._num_short == self._scoring.max_skipped:
+        if self.skipped_in_a_row == self._scoring.max_skipped:
             raise TooFewVerdicts(
-                f"step {step}: {short}. The {self._num_short} steps before it took no update either "
+                f"step {step}: {short}. The {self.skipped_in_a_row} steps before it took no update either "
                 f"(scoring.max_skipped = {self._scoring.max_skipped})."
             )
-        self._num_short += 1
+        self.skipped_in_a_row += 1
         return short
 
     def _shortage(self, collected: Collected) -> str:

@@ -16,18 +16,21 @@ from typing import Any, Protocol
 
 from grpo.batch_dump import dump_batch
 from grpo.batching import build_batch
-from grpo.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from grpo.collection import collect
+from grpo.checkpoint import Checkpoint, RunState
+from grpo.collection import collect, seal
 from grpo.config import RunConfig, WarmupConfig
-from grpo.errors import CheckpointError, ConfigError, RunStopped
+from grpo.errors import RunStopped, StorageError
 from grpo.evaluate import Answer, bias_of, compare, evaluate, examples, summarise
-from grpo.judge_figures import added_up
+from grpo.keeping import Keeper
+from grpo.phases import Announce, silent
 from grpo.preflight import RunParts, open_run
 from grpo.rollout.canary import check_engine_follows
 from grpo.run_directory import RunDirectory
+from grpo.runtime.determinism import determinism
 from grpo.runtime.devices import peak_memory_bytes
 from grpo.runtime.distributed import Ranks
 from grpo.runtime.interruptions import interruptions
+from grpo.runtime.randomness import random_state, restore_random_state, seed_generators
 from grpo.runtime.seeding import derived_seed
 from grpo.step_gate import StepGate
 from grpo.step_report import StepReport, check_can_go_on, report_step
@@ -75,14 +78,22 @@ class Trainer:
     """
 
     def __init__(
-        self, config: RunConfig, *, observer: Observer | None = None, trackers: Sequence[Tracker] = ()
+        self,
+        config: RunConfig,
+        *,
+        observer: Observer | None = None,
+        trackers: Sequence[Tracker] = (),
+        announce: Announce = silent,
     ) -> None:
-        """Args: observer: is told of every step; nobody where None. trackers: beside those that the recipe names."""
+        """Args: observer: is told of every step; nobody where None. trackers: beside those that the recipe names.
+        announce: is told of every phase as it begins, on every rank."""
         self.config = config
         self._ranks = Ranks(use_cpu=config.device == "cpu")
         self._observer = observer if self._ranks.is_main else None
         self._own_trackers = trackers
         self._directory = RunDirectory(config.output_dir)
+        self._announce = announce
+        self._keeper = Keeper(config, self._directory, self._ranks, announce=announce)
         self._parts: RunParts | None = None
         self._stuck: set[str] = set()
         self._gate = StepGate(config, self._ranks)
@@ -115,15 +126,22 @@ class Trainer:
             at_end.callback(setattr, self, "_parts", None)
             if so_far is not None:
                 ranks.on_main(directory.lock)
-                checkpoint = ranks.on_main(lambda: self._checkpoint_to_resume(so_far))
+                checkpoint = ranks.on_main(lambda: self._keeper.find(so_far))
             else:
                 ranks.on_main(directory.check_new)
                 checkpoint = None
-            self._parts = ranks.together(
-                lambda: at_end.enter_context(closing(open_run(config, audit_path=directory.audit_path, ranks=ranks)))
+            at_end.enter_context(determinism(config.determinism))
+            journal = at_end.enter_context(closing(self._keeper.journal))
+            self._parts = parts = ranks.together(
+                lambda: at_end.enter_context(
+                    closing(open_run(config, audit_path=directory.audit_path, journal=journal, ranks=ranks))
+                )
             )
+            self._keeper.check_room(parts, checkpoint)
+            at_end.callback(restore_random_state, random_state())  # a notebook's are its own
             if so_far is not None:
-                self._take_up(checkpoint, so_far)
+                state = self._keeper.take_up(checkpoint, so_far, parts, self._note)
+                self._gate.skipped_in_a_row, self._stuck = state.skipped_in_a_row, set(state.stuck_betas)
             else:
                 ranks.on_main(lambda: directory.create(config))
                 ranks.on_main(directory.lock)
@@ -131,15 +149,18 @@ class Trainer:
 
     def step(self, step: int) -> StepReport:
         """One optimizer step, counted from 1."""
-        config, parts, stopwatch = self.config, self.parts, Stopwatch()
+        config, parts, journal, stopwatch = self.config, self.parts, self._keeper.journal, Stopwatch()
         with stopwatch("step"):
+            self._begin("step", step)
             collected = collect(
                 parts,
+                journal,
                 step=step,
                 seed=config.seed,
                 group_size=config.rollout.group_size,
                 resample_rounds=config.rollout.resample_rounds,
                 stopwatch=stopwatch,
+                announce=self._announce,
             )
             if config.scoring.below == "wait":
                 collected = self._gate.ask_again(collected, parts.scorer, self._pause, stopwatch=stopwatch)
@@ -155,19 +176,26 @@ class Trainer:
                 own=collected.own,
             )
             short = self._gate.check(step, collected, batch)
+            self._announce("journal")
+            collected = seal(collected, parts, journal)
             if short:
                 stats = parts.updater.stand_still(step=step - 1, steps=config.steps)
             else:
+                seed_generators(config.seed, "update", step, self._ranks.index)
                 with stopwatch("update"):
                     stats = parts.updater.step(
-                        batch, step=step - 1, steps=config.steps, seed=derived_seed(config.seed, "combination", step)
+                        batch,
+                        step=step - 1,
+                        steps=config.steps,
+                        seed=derived_seed(config.seed, "combination", step),
+                        announce=self._announce,
                     )
+                self._announce("between")
                 with stopwatch("sync"):
                     parts.engine.load_weights(parts.policy)
         stopwatch.add("judge", collected.judge_seconds)
         if stats.skipped is not None:
             dump_batch(self._directory.path, step, batch, stats.skipped, rank=self._ranks.index)
-        judge_figures = added_up(self._ranks.gather([parts.scorer.take_judge_figures()]))
         peak = max(self._ranks.gather([peak_memory_bytes(parts.policy.device)]))
         return report_step(
             step,
@@ -176,7 +204,7 @@ class Trainer:
             stats,
             seconds=stopwatch.elapsed,
             peak_bytes=peak,
-            judge_figures=judge_figures,
+            judge_figures=collected.judge_figures,
             short=short,
         )
 
@@ -186,36 +214,12 @@ class Trainer:
         self._note(f"too few verdicts; asking again for those that are missing in {seconds:g} s")
         return not self._interrupted.wait(seconds)
 
-    def _checkpoint_to_resume(self, so_far: RunConfig) -> Checkpoint | None:
-        """The newest whole one; None where the run was ended before its first."""
-        path, steps = self._directory.path, self.config.steps
-        if not list_checkpoints(path):
-            if self._directory.last_step() > so_far.checkpoint.every:
-                raise CheckpointError(
-                    f"{path} has done {self._directory.last_step()} steps, but its checkpoints are gone. Put its "
-                    "checkpoints folder back, or start a new run under another output_dir."
-                )
-            return None
-        checkpoint = latest_checkpoint(path)
-        if checkpoint.step > steps:
-            raise ConfigError(f"{path} has {checkpoint.step} steps; give steps=M above {checkpoint.step}, not {steps}.")
-        return checkpoint
-
-    def _take_up(self, checkpoint: Checkpoint | None, so_far: RunConfig) -> None:
-        """Make parts and files what they were after the checkpoint's step."""
-        config, parts, done = self.config, self.parts, 0
-        if checkpoint is None:
-            self._note("there is no checkpoint yet; beginning with the first step")
-        else:
-            done = self._ranks.together(lambda: load_checkpoint(checkpoint, parts.updater))
-            parts.engine.load_weights(parts.policy)
-            self._note(f"resumed after step {done} from {checkpoint.folder}")
-        if so_far.steps != config.steps and config.optim.schedule != "constant":
-            self._note(
-                f"steps was {so_far.steps}, now {config.steps}: the learning rate falls to zero over the new number "
-                f"(optim.schedule={config.optim.schedule}), so it is another from here on than it would have been"
-            )
-        self._ranks.on_main(lambda: self._directory.go_on(config, done=done))
+    def _begin(self, *name: str | int) -> None:
+        """Begin what has this name: its part of the journal, its random draws."""
+        chapter = "-".join(str(part) for part in name)
+        for problem in self._ranks.together(lambda: self._keeper.journal.open_chapter(chapter)):
+            self._warn(problem)
+        seed_generators(self.config.seed, *name, self._ranks.index)
 
     def _run(self, checkpoint: Checkpoint | None) -> RunResult:
         config, directory = self.config, self._directory
@@ -235,6 +239,9 @@ class Trainer:
                     self._ranks.on_main(partial(directory.append, report.row, report.completions))
                     done += 1
                     check_can_go_on(report, max_in_a_row=config.update.max_non_finite_steps)
+                except StorageError as exc:
+                    exc.add_note(f"Once there is room: grpo train {directory.path} --resume")
+                    raise
                 except RunStopped as exc:
                     self._saved(done, checkpoint)
                     exc.add_note(f"Saved after step {done}; go on with: grpo train {directory.path} --resume")
@@ -281,17 +288,12 @@ class Trainer:
         if done < self.config.steps:
             (prompt, *_) = parts.encode(parts.prompts.batch(done + 1))
             together = self._ranks.together
-            together(
-                lambda: check_engine_follows(parts.engine, parts.policy, prompt, parts.params, together=together)
-            )
+            together(lambda: check_engine_follows(parts.engine, parts.policy, prompt, parts.params, together=together))
 
     def _saved(self, step: int, checkpoint: Checkpoint | None) -> Checkpoint:
         """The last checkpoint where it is this step's, else a new one."""
-        if checkpoint is not None and checkpoint.step == step:
-            return checkpoint
-        self._ranks.check_equal(self.parts.policy.trainable_parameters())
-        path, keep = self._directory.path, self.config.checkpoint.keep
-        return self._ranks.on_main(lambda: save_checkpoint(path, self.parts.updater, step=step, keep=keep))
+        state = RunState(skipped_in_a_row=self._gate.skipped_in_a_row, stuck_betas=tuple(sorted(self._stuck)))
+        return self._keeper.save(step, checkpoint, self.parts, state)
 
     def _read_eval(self) -> dict[str, Any]:
         return self._ranks.on_main(self._directory.read_eval)
@@ -359,6 +361,7 @@ class Trainer:
     def _evaluate(self, when: str, before: list[Answer] | None) -> list[Answer]:
         self._note(f"evaluating on held-out prompts {when} training")
         parts = self.parts
+        self._begin("eval", when)
         answers = evaluate(parts.engine, parts.eval_scorer, self._held_out(), params=parts.params, ranks=self._ranks)
         evaluation = self._read_eval()
         evaluation[when] = summarise(answers)
@@ -369,6 +372,7 @@ class Trainer:
             evaluation["difference"] = compare(before, answers)
             evaluation["examples"] = examples(before, answers)
         self._ranks.on_main(lambda: self._directory.write_eval(evaluation))
+        self._ranks.on_main(lambda: self._keeper.journal.forget(f"eval-{when}"))
         return answers
 
     def _held_out(self) -> list[Any]:
@@ -377,6 +381,10 @@ class Trainer:
     def _note(self, text: str) -> None:
         if self._observer:
             self._observer.note(text)
+
+    def _warn(self, text: str) -> None:
+        if self._observer:
+            self._observer.warn(text)
 
 
 def title_rows(config: RunConfig, parts: RunParts) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from judges.budget import MoneyBudget
+from judges.seams import VerdictCache
 from rewards.errors import RewardError
 from rewards.types import RewardInput, Score
 
@@ -49,6 +50,8 @@ class RewardContext:
     """File to which a judge-backed reward appends its audit records; None keeps none."""
     replay_path: Path | None = None
     """An earlier run's audit, which answers instead of the judges; None asks the judges."""
+    received: VerdictCache | None = None
+    """Keeps what judges said in the step under way, so that no verdict is bought twice; None keeps nothing."""
     num_processes: int = 1
     """Processes of the run that score, each its own part; they share what a judge may cost."""
     budgets: dict[str, MoneyBudget] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from judges.clients.base import JudgeClient
 from judges.config import JudgeConfig, Penalise
 from judges.dialects import build_client
 from judges.errors import AuditFailed, JudgeConfigError, JudgeError
+from judges.layered_cache import LayeredCache
 from judges.pool import JudgePool, PoolStats
 from judges.prompts import is_rubric_path, load_rubric
 from judges.replay import ReplayPool
@@ -45,8 +47,11 @@ class Judged:
         cache: VerdictCache | None = None,
         budget: MoneyBudget | None = None,
         replay_path: Path | None = None,
+        received: VerdictCache | None = None,
     ) -> None:
         """Take a client for each endpoint (or one for all), a cache or a budget instead of the config's own.
+
+        Args: received: keeps what judges said in the step under way; asked before the cache, whatever the config says.
 
         Raises:
             RewardConfigError: the rubric or the audit to be replayed cannot be used.
@@ -54,6 +59,8 @@ class Judged:
         self._config = config
         self._given_client = client
         self._given_cache = cache
+        self._received = received
+        self._layers: LayeredCache | None = None
         self._budget = budget or _new_budget(config, audit_path)
         take_booking = self._budget.take_booking if self._budget else None
         self._audit = AuditLog(audit_path, take_booking=take_booking) if audit_path is not None else None
@@ -79,7 +86,13 @@ class Judged:
         """
         config = read_judge_config(params, context.base_dir)
         budget = _shared_budget(config, context)
-        return cls(config, audit_path=context.audit_path, budget=budget, replay_path=context.replay_path)
+        return cls(
+            config,
+            audit_path=context.audit_path,
+            budget=budget,
+            replay_path=context.replay_path,
+            received=context.received,
+        )
 
     async def check(self) -> None:
         """Make sure, before anything depends on it, that the judge can be reached; a replay needs none.
@@ -137,8 +150,18 @@ class Judged:
         return [self._score_of(judgement) for judgement in judgements]
 
     def stats(self) -> PoolStats | None:
-        """What the judges were asked and how they fared; None before the first batch."""
-        return self._pool.stats() if self._pool else None
+        """What the judges were asked and how they fared; None before the first batch.
+
+        An answer that the step had received already is neither a call nor a hit of the cache.
+        """
+        if self._pool is None:
+            return None
+        stats = self._pool.stats()
+        if self._layers is None or not self._layers.num_from_first:
+            return stats
+        num_cached = stats.counts.get("cached", 0) - self._layers.num_from_first
+        others = {name: count for name, count in stats.counts.items() if name != "cached"}
+        return replace(stats, counts={**others, "cached": num_cached} if num_cached else others)
 
     async def aclose(self) -> None:
         """Close what this reward has opened."""
@@ -164,12 +187,14 @@ class Judged:
                 self._clients = [build_client(one, timeout_s=config.timeout_s) for one in config.endpoints]
             if self._given_cache is None and self._cache is None and config.cache is not None:
                 self._cache = SqliteCache(Path(config.cache))
+            cache = self._given_cache or self._cache
+            self._layers = LayeredCache(self._received, cache) if self._received is not None else None
             self._pool = JudgePool(
                 client=self._given_client or self._clients,
                 config=config,
                 rubric=self._rubric,
                 audit=self._audit,
-                cache=self._given_cache or self._cache,
+                cache=self._layers or cache,
                 budget=self._budget,
             )
             self._loop = loop

@@ -27,7 +27,7 @@ class ScoringConfig(StrictModel):
     """Before each round of asking again: as long as a judge's circuit breaker may take to close."""
     wait_rounds: int = Field(default=10, ge=1)
     max_skipped: int = Field(default=3, ge=1)
-    """Steps in a row that may go without an update; counted anew in a resumed run."""
+    """Steps in a row that may go without an update."""
     replay: Path | None = None
     """An earlier run's judge_audit.jsonl, which answers instead of the judges; relative to the recipe's folder. What it
     does not hold has no verdict, and no judge is asked."""
@@ -107,6 +107,9 @@ class RunConfig(StrictModel):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the frozen weights and the matrix products; auto is bfloat16 where the hardware has it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    determinism: Literal["default", "strict"] = "default"
+    """strict: torch's deterministic algorithms only, and an error where an operation has none. A run on a CPU repeats
+    itself bit for bit without it; on a card it does not, and pays for it with time."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """auto is flash-attn on CUDA where it is installed and the card has compute capability 8.0, else torch's SDPA."""
     prompts: PromptsConfig

@@ -12,6 +12,7 @@ from torch import Tensor
 from grpo import metrics as names
 from grpo.batching import TrainBatch
 from grpo.config import OptimConfig, UpdateConfig
+from grpo.phases import Announce, silent
 from grpo.rollout.base import SamplingParams
 from grpo.runtime.distributed import Ranks
 from grpo.runtime.optim import build_optimizer, learning_rate_at, set_learning_rate
@@ -109,7 +110,9 @@ class Updater:
         self.gradients = GradientWindow(parameters)
         self.optimizer = build_optimizer(parameters, optim)
 
-    def step(self, batch: TrainBatch, *, step: int = 0, steps: int = 1, seed: int = 0) -> UpdateStats:
+    def step(
+        self, batch: TrainBatch, *, step: int = 0, steps: int = 1, seed: int = 0, announce: Announce = silent
+    ) -> UpdateStats:
         """mu windows over one batch; in each: zero once, add every micro-batch's gradient, clip once, step once.
 
         A loss or gradient that is not finite on any rank ends the windows before the optimizer steps. Where a rank has
@@ -118,6 +121,7 @@ class Updater:
         Args:
             step: number of the step, from 0; of `steps`. What the learning-rate schedule goes by.
             seed: of the orders in which PCGrad projects; another in each step.
+            announce: is told when the backward passes and when the optimizer's own step begin.
         Raises:
             ValueError: no rank has a loss token.
             OutOfMemory: the smallest micro-batches do not fit either.
@@ -139,6 +143,7 @@ class Updater:
         skipped: NonFiniteStep | None = None
         with dropout_off(self.policy.model):
             for iteration in range(self._update.iterations):
+                announce("backward")
                 weighing = self._weighing(num_tokens, num_rows)
                 work, window, skipped = self._accumulate_in_memory(work, batch, weighing, is_apart=is_apart)
                 if skipped is None:
@@ -153,6 +158,7 @@ class Updater:
                 if not math.isfinite(grad_norm):  # the squares overflowed, and clipping made every entry 0
                     skipped, grad_norm = self._overflown(), None
                     break
+                announce("optimizer")
                 self.optimizer.step()
                 window = window.merged(self._ranks)
                 self._observe(window)

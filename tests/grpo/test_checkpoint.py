@@ -11,7 +11,7 @@ import torch
 from builders import make_batch, make_group, make_policy, make_updater
 
 from grpo.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from grpo.errors import CheckpointError
+from grpo.errors import CheckpointError, StorageError
 from grpo.update.beta import BandBeta
 from grpo.update.step import Updater
 
@@ -154,14 +154,15 @@ def test_a_save_that_fails_midway_leaves_the_one_before_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     broken.policy.save = save
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left") as caught:
         save_checkpoint(tmp_path, broken, step=2, keep=1)
+    assert str(tmp_path / "checkpoints" / "step-2") in str(caught.value)
     assert names(tmp_path) == ["step-1"]
     assert latest_checkpoint(tmp_path).step == 1
 
 
 def test_what_a_killed_process_left_half_written_is_removed_at_the_next_save(trained: Updater, tmp_path: Path) -> None:
-    orphan = tmp_path / "checkpoints" / ".step-3-0123" / "policy"
+    orphan = tmp_path / "checkpoints" / f".step-3-{'0' * 32}" / "policy"
     orphan.mkdir(parents=True)
     (orphan / "adapter_model.safetensors").write_bytes(b"half")
     save_checkpoint(tmp_path, trained, step=4, keep=2)
