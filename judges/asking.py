@@ -13,6 +13,7 @@ from judges.errors import (
     JudgeDenied,
     JudgeFailure,
     JudgeOverloaded,
+    JudgeRejected,
     JudgeUnavailable,
 )
 from judges.lane import Lane
@@ -22,6 +23,8 @@ from judges.types import Call, ChatReply, Failed, FailureKind, Fault, Usage, Ver
 MAX_BACKOFF_S = 20.0
 INVALID_VERDICTS_ALLOWED = 1
 MAX_DETAIL_CHARS = 300
+NO_SCHEMA_STATUSES = frozenset({400, 422})
+"""What servers answer that know no `response_format`."""
 
 
 @dataclass(slots=True)
@@ -34,6 +37,10 @@ class _Tally:
     """Tries that were answered with 429: they cost the endpoint's retry budget, but not the question's attempts."""
     num_invalid: int = 0
     """Replies that held no (whole) verdict."""
+    is_structured: bool = False
+    """The last try asked for a reply that is held to a schema."""
+    is_in_words: bool = False
+    """The endpoint would not take a schema: the form is asked for in words alone."""
     was_asked: bool = False
     """The next try is an extra one."""
     not_before: float = float("-inf")
@@ -89,8 +96,7 @@ class Asking:
     def note_reply(self, reply: ChatReply) -> None:
         """A reply came, usable or not."""
         self.raw = reply.text
-        if reply.usage is not None:
-            self.usage = reply.usage if self.usage is None else self.usage.plus(reply.usage)
+        self._count(reply.usage)
 
     def merge(self, verdict: Verdict) -> Verdict:
         """The verdict, with the scores it lacks taken from an earlier, incomplete one."""
@@ -105,6 +111,7 @@ class Asking:
     def note_failure(self, lane: Lane, failure: JudgeFailure, now: float) -> None:
         """A try has failed: may this endpoint be tried again, and when?"""
         tally = self.tally(lane)
+        self._count(failure.usage)
         self.failures.pop(lane.label, None)
         self.failures[lane.label] = failure
         if isinstance(failure, JudgeUnavailable):
@@ -117,6 +124,9 @@ class Asking:
             tally.num_invalid += 1
             self.problem, self.is_longer = str(failure), failure.kind == "truncated"
             is_out = tally.num_invalid > INVALID_VERDICTS_ALLOWED
+        elif _may_be_the_schema(lane, tally, failure):
+            # another request, not another try of this one: nobody needs the retry budget for it
+            tally.is_in_words, tally.was_asked, is_out = True, False, False
         else:
             is_out = True
         if is_out:
@@ -153,6 +163,10 @@ class Asking:
         kind: FailureKind = "deadline" if self.failures else "breaker_open"
         return self.failed(kind, f"{lane.label}: {when}{cause}")
 
+    def _count(self, usage: Usage | None) -> None:
+        if usage is not None:
+            self.usage = usage if self.usage is None else self.usage.plus(usage)
+
     def _backoff_s(self, tally: _Tally, retry_after_s: float | None) -> float:
         """Full jitter (AWS Builders' Library, "Timeouts, retries, and backoff with jitter"), or what the judge asks."""
         if retry_after_s is not None:
@@ -172,3 +186,14 @@ class Asking:
             prompt_sha256=self.prompt_sha256,
             raw=self.raw,
         )
+
+
+def _may_be_the_schema(lane: Lane, tally: _Tally, failure: JudgeFailure) -> bool:
+    """Whether the same question may be taken without the schema that it was sent with."""
+    return (
+        lane.endpoint.structured == "auto"
+        and tally.is_structured
+        and isinstance(failure, JudgeRejected)
+        and failure.kind == "rejected"
+        and failure.status in NO_SCHEMA_STATUSES
+    )

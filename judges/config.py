@@ -62,8 +62,9 @@ class EndpointConfig(StrictModel):
     """Most calls in flight here, whatever `concurrency` says."""
     price: PriceConfig | None = None
     """None knows no price: costs are then unknown, and a budget is refused."""
-    structured: Literal["text", "json_schema"] = "text"
-    """"json_schema" asks the server to hold the reply to a schema; "text" asks in words. Both are checked alike."""
+    structured: Literal["text", "json_schema", "auto"] = "text"
+    """"json_schema" asks the server to hold the reply to a schema; "text" asks in words alone; "auto" asks for the
+    schema until the server refuses one (400, 422) and answers without. All replies are checked alike."""
     temperature: float | None = Field(default=None, ge=0)
     """None is not sent; some models take none."""
     seed: int | None = None
@@ -282,8 +283,9 @@ class JudgeConfig(StrictModel):
     scale: ScaleConfig = ScaleConfig()
     """The numbers a verdict may have."""
     on_completion_fault: Literal["mask"] | Penalise | None = None
-    """What a completion gets that makes a healthy judge fail (too long, refused): `mask` leaves it without a verdict,
-    `{penalise: -1}` gives it that score. Where the recipe does not choose, it has no verdict, and that is reported."""
+    """What a completion gets that makes a healthy judge fail (too long, refused), or that is blank, so that no judge is
+    asked: `mask` leaves it without a verdict, `{penalise: -1}` gives it that score. Where the recipe does not choose,
+    it has no verdict, and that is reported."""
     cache: str | None = Field(default=None, min_length=1)
     """File that keeps verdicts between runs; None keeps none."""
     budget: BudgetConfig | None = None

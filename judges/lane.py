@@ -4,9 +4,10 @@ outcome teaches them. Knows no questions and no retries: the pool decides who is
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from judges.clients.base import JudgeClient
@@ -29,6 +30,8 @@ from judges.limits.rates import RateLimiter
 from judges.limits.retry_budget import RetryBudget
 from judges.seams import Budget, Reservation
 from judges.types import Call, ChatReply, ChatRequest, FailureKind, Usage
+
+logger = logging.getLogger(__name__)
 
 Reading = TypeVar("Reading")
 
@@ -111,6 +114,23 @@ class Lane:
         self._cost = 0.0
         self.denial: JudgeDenied | None = None
         """Why nobody waits for this endpoint; None while it takes our calls."""
+        self.is_structured = endpoint.structured != "text"
+        """Whether replies are to be held to a schema."""
+
+    @property
+    def forms(self) -> tuple[bool, ...]:
+        """`is_structured`, and whatever else a verdict of this endpoint may have been asked for by."""
+        return (
+            (self.is_structured, not self.is_structured)
+            if self.endpoint.structured == "auto"
+            else (self.is_structured,)
+        )
+
+    def note_no_schemas(self) -> None:
+        """It has refused a schema, and then answered without one."""
+        if self.is_structured:
+            self.is_structured = False
+            logger.warning("judge %s takes no JSON schema: verdicts are asked for in words alone", self.label)
 
     def ready_in_s(self, *, is_extra: bool) -> float:
         """Seconds until it is worth a try, as far as is known now; inf where waiting does not help."""
@@ -169,12 +189,15 @@ class Lane:
             try:
                 reply = await self._complete(chat)
                 usage = self._believed(reply.usage, chat)
-                reading = read(reply)
+                self._rates.sync_down(requests=reply.remaining_requests, tokens=reply.remaining_tokens)
+                reading = read(replace(reply, usage=usage))
                 outcome = "answered"
                 self._on_answer(ticket, latency_s=self._clock() - sent_at)
                 return reading
             except JudgeFailure as exc:
                 outcome, status = exc.kind, exc.status
+                if usage is None:  # the client may have seen what the reply took, though it is none
+                    usage = exc.usage = self._believed(exc.usage, chat)
                 may_be_billed = usage is not None or status is None
                 self._on_failure(ticket, exc)
                 hold_s = self._hold_s(exc)

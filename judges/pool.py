@@ -15,25 +15,28 @@ from dataclasses import dataclass, replace
 
 from judges.asking import Asking
 from judges.audit_record import audit_record
-from judges.cache import request_key
 from judges.clients.base import JudgeClient
 from judges.config import JudgeConfig, Penalise
 from judges.ensemble import combine
 from judges.errors import InvalidVerdict, JudgeConfigError, JudgeFailure
+from judges.exchange import Exchange
 from judges.flights import GRACE_S, Flight
 from judges.identity import judgement_hashes, rubric_sha256
 from judges.lane import Lane, LaneStats, NotAdmitted
 from judges.modes import build_mode
 from judges.modes.base import Answer, Outcome, Question
-from judges.prompts import RenderedPrompt, Rubric, load_rubric, render_comparison, render_prompt
+from judges.prompts import Rubric, is_blank, load_rubric
 from judges.seams import AuditSink, Budget, VerdictCache
-from judges.types import ChatReply, ChatRequest, FailureKind, Judgement, JudgeRequest, Message, Scored, Verdict
-from judges.verdicts import parse_group_verdict, parse_pair_verdict, parse_verdict, verdict_schema
+from judges.types import ChatReply, Failed, FailureKind, Judgement, JudgeRequest, Message, Scored, Verdict
 
 SUSPECT_KINDS: frozenset[FailureKind] = frozenset({"invalid_verdict", "empty", "truncated", "reply_too_large"})
 """Failures that a text can provoke without saying so."""
 BENIGN_COMPLETION = "I do not know."
 MAX_CANARIES = 1000
+
+BLANK = Outcome(
+    Failed(kind="blank", attempts=0, fault="completion", detail="the completion holds no text: no judge is asked"), ()
+)
 
 Panel = tuple[Lane, ...]
 
@@ -79,6 +82,7 @@ class JudgePool:
                 "answers by {answers} and end with {verdict}, or judge pointwise."
             )
         self._rubric_sha256 = rubric_sha256(self._rubric)
+        self._exchange = Exchange(config=config, rubric=self._rubric)
         self._audit = audit
         self._cache = cache
         self._budget = budget
@@ -91,7 +95,8 @@ class JudgePool:
 
     async def judge(self, requests: Sequence[JudgeRequest]) -> list[Judgement]:
         """Judge one batch within the config's deadline. Groupwise and pairwise, the completions of one question are
-        those of the requests that share question, reference and criterion: hand them in together.
+        those of the requests that share question, reference and criterion: hand them in together. A completion without
+        any text is not asked about.
 
         Returns:
             One judgement per request, in the requests' order.
@@ -100,7 +105,8 @@ class JudgePool:
             AuditFailed: a verdict could not be written down.
         """
         deadline = asyncio.get_running_loop().time() + self._config.deadline_s
-        questions = list(dict.fromkeys(self._mode.questions(requests)))
+        with_text = [request for request in requests if not is_blank(request.completion)]
+        questions = list(dict.fromkeys(self._mode.questions(with_text)))
         panels = self._panels()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -114,10 +120,11 @@ class JudgePool:
         by_panel = []
         for panel in panels:
             answers = {question: asked[panel, question].result() for question in questions}
-            outcomes, counts = self._mode.judgements(requests, answers)
+            outcomes, counts = self._mode.judgements(with_text, answers)
             self._counts += counts
             by_panel.append(outcomes)
-        outcomes = [self._combined(of_request) for of_request in zip(*by_panel, strict=True)]
+        judged = iter([self._combined(of_request) for of_request in zip(*by_panel, strict=True)])
+        outcomes = [BLANK if is_blank(request.completion) else next(judged) for request in requests]
         await self._write_down(requests, outcomes)
         return [outcome.judgement for outcome in outcomes]
 
@@ -223,10 +230,12 @@ class JudgePool:
 
     async def _try(self, lane: Lane, asking: Asking, *, sent: asyncio.Event, is_hedge: bool = False) -> Verdict:
         """One call to one endpoint, with a nonce of its own."""
-        prompt = self._render(asking.question)
-        chat = self._chat(lane, asking.question, prompt.text)
+        question, tally = asking.question, asking.tally(lane)
+        tally.is_structured = lane.is_structured and not tally.is_in_words
+        prompt = self._exchange.prompt(question)
+        chat = self._exchange.chat(lane.endpoint, question, prompt.text, is_structured=tally.is_structured)
         asking.prompt_sha256 = prompt.sha256
-        asking.key = self._key(lane, asking.question, prompt, chat)
+        asking.key = self._exchange.key(lane.endpoint, question, prompt, chat)
         if asking.problem:
             told = f"{prompt.text}\n\nYour last reply could not be used: {asking.problem}. Reply anew."
             chat = replace(chat, messages=(Message(role="user", content=told),))
@@ -235,13 +244,13 @@ class JudgePool:
 
         def read(reply: ChatReply) -> Verdict:
             asking.note_reply(reply)
-            return self._read(lane, asking.question, prompt, reply)
+            if tally.is_in_words:
+                lane.note_no_schemas()
+            return self._exchange.verdict(lane.endpoint, question, prompt, reply)
 
-        tally = asking.tally(lane)
+        is_extra = tally.was_asked or is_hedge
         try:
-            return await lane.ask(
-                chat, read, calls=asking.calls, is_extra=tally.was_asked or is_hedge, is_hedge=is_hedge, sent=sent
-            )
+            return await lane.ask(chat, read, calls=asking.calls, is_extra=is_extra, is_hedge=is_hedge, sent=sent)
         finally:
             tally.was_asked = tally.was_asked or sent.is_set()
 
@@ -249,11 +258,13 @@ class JudgePool:
         """A verdict that was kept, by the most preferred endpoint that has one."""
         if self._cache is None:
             return None
-        prompt = self._render(asking.question)
-        for lane in asking.lanes:
-            key = self._key(lane, asking.question, prompt, self._chat(lane, asking.question, prompt.text))
+        question, exchange = asking.question, self._exchange
+        prompt = exchange.prompt(question)
+        for lane, is_structured in [(one, form) for one in asking.lanes for form in one.forms]:
+            chat = exchange.chat(lane.endpoint, question, prompt.text, is_structured=is_structured)
+            key = exchange.key(lane.endpoint, question, prompt, chat)
             verdict = await self._cache.get(key)
-            if verdict is not None and len(verdict.scores) == len(asking.question.completions):
+            if verdict is not None and len(verdict.scores) == len(question.completions):
                 self._counts["cached"] += 1
                 return Answer(
                     verdict=verdict,
@@ -288,69 +299,6 @@ class JudgePool:
             return answer
         detail = f"{failure.detail} (a harmless text in its place was judged)"
         return replace(answer, failure=replace(failure, fault="completion", detail=detail))
-
-    # What a question looks like to a judge, and what its reply says.
-
-    def _render(self, question: Question) -> RenderedPrompt:
-        requests = question.as_requests()
-        scale, max_chars = self._config.scale, self._config.max_input_chars
-        if question.mode == "pointwise":
-            return render_prompt(self._rubric, requests[0], low=scale.low, high=scale.high, max_input_chars=max_chars)
-        return render_comparison(
-            self._rubric, requests, mode=question.mode, low=scale.low, high=scale.high, max_input_chars=max_chars
-        )
-
-    def _chat(self, lane: Lane, question: Question, text: str) -> ChatRequest:
-        endpoint, scale = lane.endpoint, self._config.scale
-        is_structured = endpoint.structured == "json_schema"
-        return ChatRequest(
-            messages=(Message(role="user", content=text),),
-            max_tokens=self._config.max_tokens * len(question.completions),
-            temperature=endpoint.temperature,
-            seed=endpoint.seed,
-            json_schema=verdict_schema(question.mode, low=scale.low, high=scale.high) if is_structured else None,
-        )
-
-    def _key(self, lane: Lane, question: Question, prompt: RenderedPrompt, chat: ChatRequest) -> str:
-        return request_key(
-            lane.endpoint,
-            prompt_sha256=prompt.sha256,
-            chat=chat,
-            scale=self._config.scale,
-            sample_index=question.sample_index,
-        )
-
-    def _read(self, lane: Lane, question: Question, prompt: RenderedPrompt, reply: ChatReply) -> Verdict:
-        """What the reply says; InvalidVerdict where it says nothing usable."""
-        if not reply.text.strip():
-            raise InvalidVerdict("the reply holds no text", kind="empty")
-        try:
-            scores, raws = self._scores(question, prompt, reply.text)
-        except InvalidVerdict as exc:
-            if not reply.is_truncated:
-                raise
-            raise InvalidVerdict(f"the reply was cut off by its token limit; {exc}", kind="truncated") from None
-        price, usage = lane.endpoint.price, reply.usage
-        cost = (
-            price.cost(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
-            if price and usage
-            else None
-        )
-        return Verdict(scores=scores, raws=raws, endpoint=lane.label, usage=usage, cost=cost)
-
-    def _scores(
-        self, question: Question, prompt: RenderedPrompt, text: str
-    ) -> tuple[tuple[float | None, ...], tuple[str, ...]]:
-        scale = self._config.scale
-        if question.mode == "pointwise":
-            return (parse_verdict(text, nonce=prompt.nonce, low=scale.low, high=scale.high),), (text,)
-        if question.mode == "pairwise":
-            winner = parse_pair_verdict(text, nonce=prompt.nonce, ids=prompt.ids)
-            first_won = 0.5 if winner is None else float(winner == prompt.ids[0])
-            return (first_won, 1.0 - first_won), (text, text)
-        found = parse_group_verdict(text, nonce=prompt.nonce, ids=prompt.ids, low=scale.low, high=scale.high)
-        rows = [found.get(one_id) for one_id in prompt.ids]
-        return tuple(row.score if row else None for row in rows), tuple(row.raw if row else "" for row in rows)
 
     # Bookkeeping.
 

@@ -218,6 +218,11 @@ def read_fences(text: str) -> tuple[str, dict[str, str]]:
     return nonces.pop(), {name: json.loads(content) for name, _, content in fences}
 
 
+def is_blank(text: str) -> bool:
+    """Whether there is nothing to be seen in it. Stops at the first character that is seen."""
+    return not any(not char.isspace() and not _is_unseen(char) for char in text)
+
+
 def _shorten(text: str, max_chars: int) -> str:
     if len(text) <= max_chars:
         return text

@@ -23,6 +23,7 @@ FailureKind: TypeAlias = Literal[
     "redirect",  # the endpoint points elsewhere, and nobody follows
     "tls",  # the endpoint cannot prove who it is
     "address",  # the endpoint's name leads where no judge may be
+    "blank",  # the completion holds no text: no judge is asked
     "refused",  # the judge will not judge this text
     "invalid_verdict",  # answers came, but none held a usable verdict
     "empty",  # answers came, but held no text

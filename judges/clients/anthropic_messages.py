@@ -83,7 +83,7 @@ def _request_body(config: EndpointConfig, request: ChatRequest) -> dict[str, Any
         body["system"] = system
     if request.temperature is not None:  # newer models refuse any
         body["temperature"] = request.temperature
-    if request.json_schema is not None and config.structured == "json_schema":
+    if request.json_schema is not None:
         body["output_config"] = {"format": {"type": "json_schema", "schema": dict(request.json_schema)}}
     return body
 

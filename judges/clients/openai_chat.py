@@ -68,7 +68,7 @@ class OpenAIChatClient:
 
 def _request_body(config: EndpointConfig, request: ChatRequest) -> dict[str, Any]:
     optional: dict[str, Any] = {"temperature": request.temperature, "seed": request.seed}
-    if request.json_schema is not None and config.structured == "json_schema":
+    if request.json_schema is not None:
         schema = {"name": "verdict", "strict": True, "schema": dict(request.json_schema)}
         optional["response_format"] = {"type": "json_schema", "json_schema": schema}
     return {

@@ -39,6 +39,10 @@ class Bucket:
         missing = min(amount, self.capacity) - self.level
         return missing / self.rate if missing > ROUNDING else 0.0
 
+    def sync_down(self, level: float) -> None:
+        """No more than so much is left, whatever was counted here: others may use the same allowance."""
+        self._level = min(self.level, level)
+
     def take(self, amount: float) -> None:
         """Take it, whatever the level; a negative amount gives back."""
         self._level = min(self.capacity, self.level - amount)
@@ -78,6 +82,14 @@ class RateLimiter:
     def true_up(self, estimated: float, used: float) -> None:
         """Replace an estimate by the tokens that were counted."""
         self._take(requests=0.0, tokens=used - estimated)
+
+    def sync_down(self, *, requests: int | None, tokens: int | None) -> None:
+        """The endpoint says what its limits still allow; None where it does not. Only believed where it is less than
+        what is counted here: calls that are on their way are not in it."""
+        if self._requests and requests is not None:
+            self._requests.sync_down(requests)
+        if self._tokens and tokens is not None:
+            self._tokens.sync_down(tokens)
 
     def pause(self, seconds: float) -> None:
         """Nobody should send for so long, at most MAX_PAUSE_S. A shorter pause never ends a longer one."""

@@ -243,17 +243,17 @@ def test_a_reply_says_what_its_rate_limit_leaves() -> None:
     assert (answer.remaining_requests, answer.remaining_tokens) == (7, 900)
 
 
-def test_a_schema_is_sent_where_the_endpoint_is_declared_to_hold_replies_to_it() -> None:
+def test_a_schema_is_sent_where_the_request_has_one() -> None:
     schema = verdict_schema("pointwise", low=0.0, high=1.0)
     request = ChatRequest(messages=REQUEST.messages, max_tokens=5, temperature=0.0, seed=3, json_schema=schema)
-    _, server = complete(reply(200, chat("hi")), request=request, structured="json_schema")
+    _, server = complete(reply(200, chat("hi")), request=request)
     body = server.received[0].body
     assert body["response_format"] == {
         "type": "json_schema",
         "json_schema": {"name": "verdict", "strict": True, "schema": schema},
     }
     assert (body["temperature"], body["seed"]) == (0.0, 3)
-    _, server = complete(reply(200, chat("hi")), request=request, structured="text")
+    _, server = complete(reply(200, chat("hi")))
     assert "response_format" not in server.received[0].body
 
 
