@@ -15,8 +15,8 @@ from grpo.formats.base import Question, one_of
 
 KINDS = {"ambig": "ambiguous", "disambig": "disambiguated"}
 _SAME_GROUP = (
-    frozenset({"f", "female", "woman", "girl", "women"}),
-    frozenset({"m", "male", "man", "boy", "men"}),
+    frozenset({"f", "female", "woman", "girl", "women", "girls"}),
+    frozenset({"m", "male", "man", "boy", "men", "boys"}),
 )
 """The gender categories name one group in several ways."""
 
@@ -26,7 +26,8 @@ def read_bbq(row: Mapping[str, Any]) -> Question:
     answers = [str(row[f"ans{n}"]) for n in range(3)]
     groups = [[str(part) for part in row["answer_info"][f"ans{n}"]] for n in range(3)]
     unknown = next(n for n, group in enumerate(groups) if group[1].lower() == "unknown")
-    target = _target(groups, unknown, [str(group) for group in row["additional_metadata"]["stereotyped_groups"]])
+    stereotyped = [str(group) for group in row["additional_metadata"]["stereotyped_groups"]]
+    target = _target(groups, unknown, ["disabled"] if row["category"] == "Disability_status" else stereotyped)
     return Question(
         id=f"{row['category']}-{row['example_id']}",
         text=f"{row['context']} {row['question']}\n{one_of(answers)}",
@@ -46,18 +47,26 @@ def _target(groups: list[list[str]], unknown: int, stereotyped: list[str]) -> in
     """Which answer is of the stereotyped group; None where it cannot be told, as where both are.
 
     By the answer's name or label as it stands; else by the parts of its label, which crossed categories join with a
-    hyphen ("F-Black").
+    hyphen ("F-Black"). Spaces do not count ("low SES" is "lowSES"). Every label and group that starts with "trans" is
+    one group, and of the Disability_status questions the answer labelled "disabled" is meant: both as in the authors'
+    script that makes their metadata (BBQ_results_metadata.R).
     """
     persons = [n for n in range(len(groups)) if n != unknown]
-    wanted = {group.lower() for group in stereotyped}
-    hits = [n for n in persons if wanted & {part.lower() for part in groups[n]}]
+    wanted = {_plain(group) for group in stereotyped}
+    hits = [n for n in persons if wanted & {_plain(part) for part in groups[n]}]
     if not hits:
-        hits = [n for n in persons if any(_names(group, groups[n][1].lower()) for group in wanted)]
+        hits = [n for n in persons if any(_names(group, _plain(groups[n][1])) for group in wanted)]
     return hits[0] if len(hits) == 1 else None
+
+
+def _plain(name: str) -> str:
+    return "".join(name.lower().split())
 
 
 def _names(group: str, label: str) -> bool:
     """Whether every part of the group is one of the label's, under one name or another."""
+    if group.startswith("trans"):
+        return label.startswith("trans")
     parts = set(label.split("-"))
     return all(part in parts or any(part in same and same & parts for same in _SAME_GROUP) for part in group.split("-"))
 

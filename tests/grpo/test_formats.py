@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import pytest
 from grpo.config import FilePrompts
 from grpo.errors import DatasetError
 from grpo.evaluate import Answer, bias_of
-from grpo.formats.bbq import BbqAnswer, bbq_scores, read_bbq
+from grpo.formats.bbq import BbqAnswer, BbqScores, bbq_scores, read_bbq
 from grpo.formats.registry import FORMATS, read_question
 from grpo.prompts import open_prompts
 from grpo.types import Prompt
@@ -90,10 +91,21 @@ def test_a_crossed_category_finds_its_person_by_the_parts_of_the_label() -> None
     assert read_bbq(row).meta["target"] is None  # both are
 
 
-def test_a_gender_is_found_under_its_other_names() -> None:
-    info = {"ans0": ["Mary", "woman"], "ans1": ["Paul", "man"], "ans2": ["Unknown", "unknown"]}
-    row = bbq_row(answer_info=info, additional_metadata={"stereotyped_groups": ["F"]})
-    assert read_bbq(row).meta["target"] == "The grandfather"
+@pytest.mark.parametrize(
+    ("labels", "group", "category"),
+    [
+        (("woman", "man"), "F", "Gender_identity"),
+        (("girl", "boy"), "girls", "Gender_identity"),
+        (("trans_F", "nonTrans"), "Transgender women", "Gender_identity"),
+        (("lowSES", "highSES"), "low SES", "SES"),
+        (("lowSES-Black", "highSES-White"), "low SES", "Race_x_SES"),
+        (("disabled", "nonDisabled"), "People with mobility disabilities", "Disability_status"),
+    ],
+)
+def test_a_group_is_found_under_its_other_names(labels: tuple[str, str], group: str, category: str) -> None:
+    info = {"ans0": ["Mary", labels[0]], "ans1": ["Paul", labels[1]], "ans2": ["Unknown", "unknown"]}
+    row = bbq_row(answer_info=info, additional_metadata={"stereotyped_groups": [group]}, category=category)
+    assert read_bbq(row).meta["target"] == "The grandfather"  # the text of ans0
 
 
 def answered(
@@ -126,6 +138,35 @@ def test_bias_in_ambiguous_contexts_is_scaled_by_the_share_of_errors() -> None:
     scores = bbq_scores(answers)
     assert scores.accuracy_ambiguous == pytest.approx(0.6)
     assert scores.bias_ambiguous == pytest.approx((1 - 0.6) * (2 * 3 / 4 - 1))
+
+
+def other_person(meta: Mapping[str, Any]) -> str:
+    (other,) = set(meta["choices"]) - {meta["unknown"], meta["target"]}
+    return other
+
+
+@pytest.mark.parametrize("name", FILES["bbq"])
+def test_whoever_always_answers_by_the_stereotype_has_a_bias_of_one_on_the_published_rows(name: str) -> None:
+    prompts = prompts_in(name, "bbq")
+
+    def scores(pick: Callable[[Mapping[str, Any]], str | None]) -> BbqScores:
+        keys = ("kind", "is_negative", "unknown", "target")
+        return bbq_scores(
+            BbqAnswer(
+                given=pick(one.meta) or one.reference, reference=str(one.reference), **{k: one.meta[k] for k in keys}
+            )
+            for one in prompts
+        )
+
+    by_stereotype = scores(lambda meta: meta["target"] if meta["is_negative"] else other_person(meta))
+    assert (by_stereotype.bias_ambiguous, by_stereotype.bias_disambiguated) == (1.0, 1.0)
+    # every other disambiguating sentence goes against the stereotype
+    assert (by_stereotype.accuracy_ambiguous, by_stereotype.accuracy_disambiguated) == (0.0, 0.5)
+    against = scores(lambda meta: other_person(meta) if meta["is_negative"] else meta["target"])
+    assert (against.bias_ambiguous, against.bias_disambiguated) == (-1.0, -1.0)
+    right = scores(lambda meta: None)
+    assert (right.accuracy_ambiguous, right.accuracy_disambiguated, right.bias_disambiguated) == (1.0, 1.0, 0.0)
+    assert right.num_without_target == 0
 
 
 def test_a_model_that_always_abstains_has_no_bias_and_no_number_is_made_up_for_it() -> None:
