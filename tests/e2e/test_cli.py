@@ -172,6 +172,7 @@ def test_a_run_leaves_its_whole_directory(first_run: Path) -> None:
         "completions.jsonl",
         "eval.json",
         "checkpoints",
+        "journal",
         "report.html",
     }
     assert [path.name for path in (first_run / "checkpoints").iterdir()] == ["step-2"]

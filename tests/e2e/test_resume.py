@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from grpo.checkpoint import list_checkpoints
 from grpo.config import RunConfig
 from grpo.errors import CheckpointError, ConfigError, TooFewVerdicts
+from grpo.phases import Announce, Phase, silent
 from grpo.recipe_loader import load_run_config, parse_recipe
 from grpo.runtime.interruptions import interruptions
 from grpo.trainer import RunResult, Trainer
@@ -27,10 +28,20 @@ ROWS = [{"id": f"p{n}", "prompt": f"Add {n} and 1.", "objectives": [("short", "l
 REWARD = '''
 """Ten letters are best; no verdict at all while the file `silent` exists."""
 
+import random
 from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def drawn(inputs):
+    return [random.random() + np.random.random() + torch.rand(()).item() for _ in inputs]
 
 
 def letters(inputs, silent):
+    with Path(silent).with_name("asked").open("a") as file:
+        file.write(inputs[0].prompt_id + "\\n")
     return [None if Path(silent).exists() else abs(len(one.completion) - 10) / -10 for one in inputs]
 '''
 
@@ -87,6 +98,7 @@ class Watcher:
         self, *, after: Mapping[int, Callable[[], object]] | None = None, at: str = "", do: Callable[[], object] = list
     ) -> None:
         self.notes: list[str] = []
+        self.warnings: list[str] = []
         self._after, self._at, self._do = dict(after or {}), at, do
 
     def start(self, title_rows: list[tuple[str, str]]) -> None:
@@ -99,6 +111,9 @@ class Watcher:
         self.notes.append(text)
         if self._at and self._at in text:
             self._do()
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
 class Crash(Exception):
@@ -113,13 +128,30 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run(config: RunConfig, watcher: Watcher | None = None, *, resume: bool = False) -> RunResult:
-    return Trainer(config, observer=watcher).run(resume=resume)
+def run(
+    config: RunConfig, watcher: Watcher | None = None, *, resume: bool = False, announce: Announce = silent
+) -> RunResult:
+    return Trainer(config, observer=watcher, announce=announce).run(resume=resume)
 
 
 def crashed_after(step: int, config: RunConfig, *, resume: bool = False) -> None:
     with pytest.raises(Crash):
         run(config, Watcher(after={step: crash}), resume=resume)
+
+
+def crashed_at(
+    phase: Phase, config: RunConfig, watcher: Watcher | None = None, *, resume: bool = True, time: int = 1
+) -> None:
+    """Killed at the n-th beginning of a phase."""
+    seen: list[Phase] = []
+
+    def announce(now: Phase) -> None:
+        seen.append(now)
+        if seen.count(phase) == time:
+            raise Crash
+
+    with pytest.raises(Crash):
+        run(config, watcher, resume=resume, announce=announce)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -128,7 +160,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def what_was_learned(run_dir: Path) -> dict[str, Any]:
     """All that a run computed, without times and memory."""
-    last = list_checkpoints(run_dir)[-1].folder
+    last, evaluation = list_checkpoints(run_dir)[-1].folder, run_dir / "eval.json"
     metrics = [
         {name: value for name, value in row.items() if not name.startswith(("time/", "memory/"))}
         for row in lines_of(run_dir / "metrics.jsonl")
@@ -137,7 +169,7 @@ def what_was_learned(run_dir: Path) -> dict[str, Any]:
         "state": json.loads((last / "state.json").read_text()),
         "metrics": metrics,
         "completions": lines_of(run_dir / "completions.jsonl"),
-        "evaluation": json.loads((run_dir / "eval.json").read_text()),
+        "evaluation": json.loads(evaluation.read_text()) if evaluation.exists() else None,
     }
 
 
@@ -145,7 +177,7 @@ def tensors_of(run_dir: Path) -> dict[str, torch.Tensor]:
     last = list_checkpoints(run_dir)[-1].folder
     return {
         f"{name}/{key}": tensor
-        for name in ("optimizer.safetensors", "policy/adapter_model.safetensors")
+        for name in ("optimizer.safetensors", "policy/adapter_model.safetensors", "random.safetensors")
         for key, tensor in load_file(last / name).items()
     }
 
@@ -178,6 +210,152 @@ def test_a_run_that_was_ended_and_resumed_is_the_uninterrupted_run_bit_for_bit(
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert what_was_learned(resumed) == what_was_learned(whole)
     assert len({row["beta/short"] for row in lines_of(whole / "metrics.jsonl")}) > 1  # a beta that was carried over
+
+
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_run_that_is_killed_in_every_phase_one_after_the_other_is_the_uninterrupted_run_bit_for_bit(
+    every: int, make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    whole = run(make_config("whole", checkpoint={"every": every})).run_dir
+    asked_at_once = num_asked(tmp_path)
+    config = make_config("resumed", checkpoint={"every": every})
+    for number, phase in enumerate(PHASES):
+        crashed_at(phase, config, resume=number > 0)
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            with (config.output_dir / name).open("a") as file:
+                file.write('{"step": 1, "torn')
+    watcher = Watcher()
+    run(config, watcher, resume=True)
+    ours, theirs = tensors_of(config.output_dir), tensors_of(whole)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert what_was_learned(config.output_dir) == what_was_learned(whole)
+    # the reward of `long` was asked once per group that was not replayed: nothing twice
+    assert num_asked(tmp_path) == 2 * asked_at_once
+
+
+def test_a_run_is_saved_by_what_its_journal_holds_though_neither_engine_nor_reward_would_answer_alike(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = make_config("run", steps=2, checkpoint={"every": 5})
+    crashed_at("optimizer", config, resume=False, time=2)
+    first = lines_of(config.output_dir / "completions.jsonl")
+    (tmp_path / "silent").touch()  # whoever is asked now has no verdict, and the run would stop
+    run(config, resume=True)
+    rows = lines_of(config.output_dir / "completions.jsonl")
+    assert [row for row in rows if row["step"] == 1] == first
+    assert all(verdict["value"] is not None for row in rows for verdict in row["verdicts"].values())
+
+
+def test_of_a_step_that_was_killed_while_it_was_scored_only_what_is_missing_is_asked_for(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    prompts = {"type": "file", "path": "train.jsonl", "held_out_path": "test.jsonl", "per_step": 5}
+    config = make_config("run", steps=1, prompts=prompts)
+    whole = run(make_config("whole", steps=1, prompts=prompts)).run_dir
+    crashed_at("journal", config, resume=False)
+    before = num_asked(tmp_path)
+    (journal,) = (config.output_dir / "journal").iterdir()
+    *kept, last = journal.read_bytes().splitlines(keepends=True)
+    assert b'"kind": "scores"' in last
+    journal.write_bytes(b"".join(kept) + last[:40])  # as if it had been killed a moment earlier
+    run(config, resume=True)
+    assert num_asked(tmp_path) - before == (b'"reward": "letters"' in last or b"resume_test_rewards" in last)
+    assert what_was_learned(config.output_dir) == what_was_learned(whole)
+
+
+def test_of_a_step_that_was_killed_while_it_was_sampled_the_groups_that_are_there_stay(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    whole = run(make_config("whole", steps=1)).run_dir
+    config = make_config("run", steps=1)
+    crashed_at("judging", config, resume=False)
+    (journal,) = (config.output_dir / "journal").iterdir()
+    first = journal.read_bytes().splitlines(keepends=True)[0]
+    assert b'"kind": "group"' in first
+    journal.write_bytes(first)
+    run(config, resume=True)
+    lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else [first]
+    assert lines[0] == first
+    ours, theirs = tensors_of(config.output_dir), tensors_of(whole)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert what_was_learned(config.output_dir) == what_was_learned(whole)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_from_the_one_before_without_asking_anybody_again(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    whole = run(make_config("whole", steps=4, checkpoint={"every": 1})).run_dir
+    config = make_config("run", steps=3, checkpoint={"every": 1})
+    run(config)
+    damaged = list_checkpoints(config.output_dir)[-1].folder
+    (damaged / "optimizer.safetensors").write_bytes(b"")
+    before, watcher = num_asked(tmp_path), Watcher()
+    run(make_config("run", steps=3, checkpoint={"every": 1}), watcher, resume=True)
+    assert num_asked(tmp_path) == before
+    assert any(str(damaged) in note and "optimizer.safetensors is damaged" in note for note in watcher.notes)
+    run(make_config("run", steps=4, checkpoint={"every": 1}), resume=True)
+    ours, theirs = tensors_of(config.output_dir), tensors_of(whole)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_a_journal_stays_as_long_as_a_checkpoint_could_need_it(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config("run", steps=5, checkpoint={"every": 1, "keep": 2})
+    run(config)
+    assert [checkpoint.step for checkpoint in list_checkpoints(config.output_dir)] == [4, 5]
+    assert [path.name for path in (config.output_dir / "journal").iterdir()] == ["step-5.rank-0.jsonl"]
+
+
+def test_a_damaged_line_of_the_journal_is_told_and_its_group_is_sampled_again(
+    make_config: Callable[..., RunConfig],
+) -> None:
+    whole = run(make_config("whole", steps=1)).run_dir
+    config = make_config("run", steps=1)
+    crashed_at("backward", config, resume=False)
+    (journal,) = (config.output_dir / "journal").iterdir()
+    content = bytearray(journal.read_bytes())
+    content[200] ^= 1
+    journal.write_bytes(bytes(content))
+    watcher = Watcher()
+    run(config, watcher, resume=True)
+    assert any(f"{journal}, line 1 is damaged" in warning for warning in watcher.warnings)
+    assert what_was_learned(config.output_dir) == what_was_learned(whole)
+
+
+def test_other_prompts_than_when_the_run_was_saved_are_told(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    run(make_config("run", steps=1))
+    write_rows(tmp_path / "train.jsonl", [{**row, "id": f"new-{row['id']}"} for row in ROWS])
+    watcher = Watcher()
+    run(make_config("run", steps=2), watcher, resume=True)
+    assert any("step 2 has other prompts" in note for note in watcher.notes)
+
+
+def test_a_reward_that_draws_from_the_global_generators_draws_the_same_after_a_kill(
+    make_config: Callable[..., RunConfig],
+) -> None:
+    changes: dict[str, Any] = {"objectives": {"short": drawn(), "long": drawn()}, "steps": 3}
+    prompts = {"type": "file", "path": "train.jsonl", "held_out_path": "test.jsonl", "per_step": 1}  # one group at once
+    whole = run(make_config("whole", prompts=prompts, **changes)).run_dir
+    config = make_config("run", prompts=prompts, **changes)
+    crashed_at("rollout", config, resume=False, time=2)
+    run(config, resume=True)
+    assert what_was_learned(config.output_dir) == what_was_learned(whole)
+    ours, theirs = tensors_of(config.output_dir), tensors_of(whole)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def drawn() -> dict[str, Any]:
+    return {"rewards": [{"name": "resume_test_rewards:drawn"}], "beta": {"type": "fixed", "value": 0.05}}
+
+
+def num_asked(folder: Path) -> int:
+    """How often the reward of `long` was asked about a group."""
+    return len((folder / "asked").read_text().splitlines())
 
 
 def test_a_linear_schedule_goes_on_too_and_a_changed_number_of_steps_is_told(
