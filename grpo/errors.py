@@ -11,6 +11,7 @@ GrpoError
     ├── OutOfMemory         the smallest micro-batch does not fit
     ├── TooFewVerdicts      too many completions went unscored
     ├── EngineError         the rollout engine does not do what it was told
+    ├── TooAlarming         the run's own figures say that nothing good comes of it
     └── StorageError        the run directory cannot be written or read
 """
 
@@ -55,6 +56,10 @@ class OutOfMemory(RunStopped):
 
 class TooFewVerdicts(RunStopped):
     """More completions of an objective went unscored than the recipe allows."""
+
+
+class TooAlarming(RunStopped):
+    """An alarm was raised in a run with `alarms: stop`."""
 
 
 class EngineError(RunStopped):

@@ -15,11 +15,11 @@ from typing import Any
 from grpo.config import RunConfig
 from grpo.durable_files import append_lines, cut_last_lines, write_atomically
 from grpo.errors import ConfigError, StorageError
-from grpo.metrics import append_metrics, is_json_object, iter_json_lines
+from grpo.metrics import append_metrics, is_json_object, iter_json_lines, read_metrics
 from grpo.recipe_loader import dump_config, load_run_config
 from grpo.run_lock import RunLock
 
-MAY_CHANGE_ON_RESUME = {"steps", "checkpoint", "eval", "output_dir", "base_dir", "trackers"}
+MAY_CHANGE_ON_RESUME = {"steps", "checkpoint", "eval", "output_dir", "base_dir", "trackers", "alarms"}
 """Keys that a resumed run may change without becoming another run."""
 
 
@@ -114,6 +114,11 @@ class RunDirectory:
         """The last step that metrics.jsonl holds; 0 where there is none."""
         path = self.path / "metrics.jsonl"
         return max((int(row["step"]) for row in iter_json_lines(path)), default=0) if path.exists() else 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl so far."""
+        path = self.path / "metrics.jsonl"
+        return read_metrics(path) if path.exists() else []
 
     def append(self, row: Mapping[str, float | int | None], completions: Iterable[Mapping[str, Any]]) -> None:
         """Write a finished step; it is on the disk on return. Raises StorageError."""

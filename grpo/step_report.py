@@ -89,18 +89,8 @@ def report_step(
     )
 
 
-MAX_SAMPLER_RATIO = 2.0
-"""A 99th percentile above this is no rounding any more: bfloat16 alone stays near 1.3."""
-
-
 def _warnings_of(row: Mapping[str, float | int | None], stats: UpdateStats) -> list[str]:
     found: list[str] = []
-    if stats.sampler_ratio_p99 is not None and stats.sampler_ratio_p99 > MAX_SAMPLER_RATIO:
-        found.append(
-            f"step {row[names.STEP]}: one token in a hundred has probabilities in engine and trainer that differ by a "
-            f"factor of {stats.sampler_ratio_p99:.1f} or more; compare them with dtype=float32 before you trust this "
-            "run, or set update.correction"
-        )
     if stats.num_halvings:
         found.append(
             f"step {row[names.STEP]} ran out of memory {stats.num_halvings} time{'s' * (stats.num_halvings > 1)} "

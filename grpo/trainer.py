@@ -14,12 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+from grpo.alarms import Alarm, Alarms, learning_rate_alarms, unmoved
 from grpo.batch_dump import dump_batch
 from grpo.batching import build_batch
 from grpo.checkpoint import Checkpoint, RunState
 from grpo.collection import collect, seal
 from grpo.config import RunConfig, WarmupConfig
-from grpo.errors import RunStopped, StorageError
+from grpo.errors import RunStopped, StorageError, TooAlarming
 from grpo.evaluate import Answer, bias_of, compare, evaluate, examples, summarise
 from grpo.keeping import Keeper
 from grpo.phases import Announce, silent
@@ -97,6 +98,7 @@ class Trainer:
         self._parts: RunParts | None = None
         self._stuck: set[str] = set()
         self._gate = StepGate(config, self._ranks)
+        self._alarms = Alarms(list(config.objectives))
         self._interrupted = threading.Event()
 
     @property
@@ -142,6 +144,8 @@ class Trainer:
             if so_far is not None:
                 state = self._keeper.take_up(checkpoint, so_far, parts, self._note)
                 self._gate.skipped_in_a_row, self._stuck = state.skipped_in_a_row, set(state.stuck_betas)
+                for row in ranks.on_main(directory.rows):
+                    self._alarms.observe(row)  # told already; counted on from here
             else:
                 ranks.on_main(lambda: directory.create(config))
                 ranks.on_main(directory.lock)
@@ -228,6 +232,8 @@ class Trainer:
             self._observer.start(title_rows(config, self.parts))
         with interruptions() as interrupted, self._tracked(done) as trackers:
             self._interrupted = interrupted
+            for alarm in learning_rate_alarms(config.trainable, config.optim):
+                self._warn(alarm.text)
             before = self._before(done, checkpoint)
             if checkpoint is None and config.warmup is not None:
                 self._warm_up(config.warmup, lambda: self._ranks.any(interrupted.is_set()))
@@ -239,6 +245,7 @@ class Trainer:
                     self._ranks.on_main(partial(directory.append, report.row, report.completions))
                     done += 1
                     check_can_go_on(report, max_in_a_row=config.update.max_non_finite_steps)
+                    self._heed(self._alarms.observe(report.row))
                 except StorageError as exc:
                     exc.add_note(f"Once there is room: grpo train {directory.path} --resume")
                     raise
@@ -266,6 +273,13 @@ class Trainer:
             evaluation=self._read_eval(),
             was_interrupted=done < config.steps or needs_evaluation,
         )
+
+    def _heed(self, alarms: Sequence[Alarm]) -> None:
+        """Raises TooAlarming where the recipe says `alarms: stop`."""
+        if alarms and self.config.alarms == "stop":
+            raise TooAlarming("; ".join(alarm.text for alarm in alarms))
+        for alarm in alarms:
+            self._warn(alarm.text)
 
     @contextmanager
     def _tracked(self, done: int) -> Iterator[BackgroundTrackers]:
@@ -371,6 +385,8 @@ class Trainer:
         if before is not None:
             evaluation["difference"] = compare(before, answers)
             evaluation["examples"] = examples(before, answers)
+            for alarm in unmoved(evaluation):
+                self._warn(alarm.text)
         self._ranks.on_main(lambda: self._directory.write_eval(evaluation))
         self._ranks.on_main(lambda: self._keeper.journal.forget(f"eval-{when}"))
         return answers

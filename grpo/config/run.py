@@ -125,6 +125,10 @@ class RunConfig(StrictModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     trackers: tuple[TrackerConfig, ...] = ()
     """Where the figures of metrics.jsonl are shown besides."""
+    alarms: Literal["warn", "stop"] = "warn"
+    """What follows where the run's own figures are alarming (`grpo.alarms`): a KL or gradient of exactly 0, one-token
+    or truncated completions, no difference within any group, missing verdicts, an engine that disagrees. stop: with
+    a checkpoint."""
     base_dir: Path
     """Folder of the recipe, against which relative paths are resolved. Set by the loader."""
 

@@ -61,13 +61,6 @@ def test_the_forced_share_is_of_loss_tokens() -> None:
     assert row_of()["sampler/kept_set_miss_frac"] == pytest.approx(1 / 12)  # 2 + 4 of a, 1 + 1 + 4 of b
 
 
-def test_an_engine_that_disagrees_with_the_trainer_is_reported() -> None:
-    assert report_of(STATS).warnings == []
-    (warning,) = report_of(replace(STATS, sampler_ratio_p99=2.5)).warnings
-    assert "step 3" in warning
-    assert "2.5" in warning
-
-
 def test_groups_that_were_replaced_are_written_down_without_an_advantage_and_are_no_part_of_the_means() -> None:
     flat = make_group([{"a": 9.0}, {"a": 9.0}], lengths=[3, 3], seed=3)
     report = report_of(STATS, discarded=(flat,))
