@@ -83,6 +83,25 @@ def prompts(tokenizer: PreTrainedTokenizerBase) -> list[EncodedPrompt]:
     ]
 
 
+STORY = (
+    "Once upon a time there was a little mill by a river, and in it an old miller with three daughters. The first "
+    "could sing, the second could count, and the third could do neither, but she listened to everybody who came by: "
+    "carters, soldiers, a bishop who had lost his way, even the cat. When the old man died there was nothing to share "
+    "but the wheel, a sack of rye and a debt. The singer went to town and the counter married the baker. The youngest "
+    "stayed behind, for she had heard from the carters what flour cost in winter, and from the bishop where the mill "
+    "had once had a second stone. So one morning she took a spade, walked down to the bank, and began to dig. Under "
+    "the roots of the oldest willow she found a"
+)
+
+
+@pytest.fixture(scope="module")
+def open_prompt(tokenizer: PreTrainedTokenizerBase) -> EncodedPrompt:
+    """As long as `long_prompt`, for the same reason; many tokens may follow it."""
+    ids = tokenizer.encode(STORY)
+    assert len(ids) > BLOCK
+    return EncodedPrompt(prompt=make_prompt("open"), token_ids=tuple(ids[-BLOCK - 1 :]))
+
+
 @pytest.fixture(scope="module")
 def long_prompt(tokenizer: PreTrainedTokenizerBase) -> EncodedPrompt:
     """One token longer than a block, so that the block is served from the cache."""
@@ -217,18 +236,18 @@ def test_a_completion_does_not_depend_on_its_batch(engine: VllmEngine, prompts: 
     "law", [{}, {"temperature": 0.8, "top_p": 0.9, "presence_penalty": 0.5, "penalties_over": "both"}]
 )
 def test_one_token_samples_follow_the_exact_processed_distribution(
-    engine: VllmEngine, policy: Policy, long_prompt: EncodedPrompt, law: dict[str, Any]
+    engine: VllmEngine, policy: Policy, open_prompt: EncodedPrompt, law: dict[str, Any]
 ) -> None:
     """Chi-square of 20,000 samples, cells pooled to an expected count of 5; the bound is the 1e-4 tail, of which the
     two settings take a half each."""
     params = replace(PARAMS, max_new_tokens=1, **law)
-    (group,) = sample(engine, [long_prompt], params, k=20_000)
+    (group,) = sample(engine, [open_prompt], params, k=20_000)
     counts = Counter(c.token_ids[0] for c in group.completions)
     with torch.no_grad():
-        logits = policy.causal_lm(torch.tensor([list(long_prompt.token_ids)])).logits[0, -1].double()
+        logits = policy.causal_lm(torch.tensor([list(open_prompt.token_ids)])).logits[0, -1].double()
     if law:
         seen = torch.zeros_like(logits, dtype=torch.bool)
-        seen[list(long_prompt.token_ids)] = True
+        seen[list(open_prompt.token_ids)] = True
         scaled = (logits - 0.5 * seen) / 0.8
         logits = scaled.masked_fill(~kept_tokens(scaled[None], params)[0], -torch.inf)
     expected = 20_000 * logits.softmax(dim=-1)
