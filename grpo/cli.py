@@ -15,6 +15,7 @@ import typer
 from grpo.command_arguments import Overrides, check_writable, recipe_of
 from grpo.doctor_command import doctor
 from grpo.judge_commands import judge
+from grpo.verify_command import verify
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 
 app.add_typer(judge, name="judge")
 app.command()(doctor)
+app.command()(verify)
 
 
 @app.command()

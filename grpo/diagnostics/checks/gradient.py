@@ -1,0 +1,131 @@
+"""Gradient flow: does the real loss reach every parameter that should learn, and no other?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from grpo.config import LoraTrainable
+from grpo.diagnostics.checks.subject import Subject
+from grpo.diagnostics.findings import Finding
+from grpo.diagnostics.gradflow import GradientFlow, gradient_flow, group_by_module
+from grpo.runtime.policy import Policy
+
+CHECK = "gradient flow"
+_SHOWN = 4
+
+
+def check_gradient_flow(subject: Subject) -> Iterator[Finding]:
+    """Two micro-steps over one micro-batch of the recipe's size."""
+    policy = subject.parts.policy
+    loss, *_ = subject.losses(subject.batch(subject.teaching[:1]))
+    with torch.no_grad():
+        loss()  # from here on the old policy is the one that sampled, and the loss's value moves with the model
+    flow = gradient_flow(policy.model, loss)
+    yield from judge_flow(flow, policy, is_lora=isinstance(subject.config.trainable, LoraTrainable))
+
+
+def judge_flow(flow: GradientFlow, policy: Policy, *, is_lora: bool) -> Iterator[Finding]:
+    """Args: is_lora: only the adapter's parameters should learn."""
+    learning = policy.trainable_parameters()
+    count, total = sum(parameter.numel() for parameter in learning.values()), policy.num_parameters()
+    strays = [name for name in learning if is_lora and ".lora_" not in name]
+    asleep = [
+        name for name, p in policy.model.named_parameters() if is_lora and ".lora_" in name and not p.requires_grad
+    ]
+    groups = group_by_module(flow.norms)
+    reached = len(flow.norms) - len(flow.unreached)
+    frozen = "every parameter learns" if count == total else f"base frozen: {'no' if strays else 'yes'}"
+    share = f"trainable {count:,} = {count / total:.1%}; {frozen}"
+    is_well = not (flow.unreached or flow.cuts or strays or asleep)
+    if is_well:
+        late = (
+            f"; {len(flow.zero_at_start)} from the second step on (where a B starts at 0)" if flow.zero_at_start else ""
+        )
+        yield Finding(
+            check=CHECK,
+            status="ok",
+            what=f"{share}; gradient in {reached} of {reached} tensors{late}",
+            figures=_figures(flow, count, total),
+        )
+    if flow.unreached:
+        parts = [f"{name}: gradient in {got} of {all_}" for name, (got, all_) in groups.items() if got < all_]
+        yield Finding(
+            check=CHECK,
+            status="failed",
+            what=f"{share}; no gradient in {len(flow.unreached)} of {len(flow.norms)} tensors that should learn: "
+            f"{_some(parts)}",
+            meaning="these stay what they are for the whole run"
+            + ("" if flow.has_graph else "; the loss has no grad_fn, so nothing learns at all"),
+            remedy=_where_to_look(flow),
+            figures=_figures(flow, count, total),
+        )
+    for cut in flow.cuts:
+        yield Finding(
+            check=CHECK,
+            status="failed",
+            what=f"the graph is cut in {cut}",
+            meaning="gradient goes in and none comes out, though the loss depends on it: what lies before learns "
+            "nothing through here",
+            remedy=_REMEDIES[cut.kind],
+            figures={"module": cut.module, "kind": cut.kind, "around": list(cut.around), "operation": cut.operation},
+        )
+    if strays or asleep:
+        names = [f"{name} learns" for name in strays] + [f"{name} is frozen" for name in asleep]
+        yield Finding(
+            check=CHECK,
+            status="failed",
+            what=f"the adapter should learn and nothing else, but {_some(names)}",
+            meaning="another part of the model is trained than the recipe says",
+            remedy="somebody set requires_grad after the adapter was made: take that out",
+            figures={"strays": strays, "asleep": asleep},
+        )
+    if flow.zero_always:
+        yield Finding(
+            check=CHECK,
+            status="warning",
+            what=f"the gradient is exactly 0 in {len(flow.zero_always)} tensors: {_some(flow.zero_always)}",
+            meaning="they take no part in this batch (an expert that no token went to, a factor of 0), or in any",
+            remedy="run it again with other prompts (--prompts, seed=1); what stays at 0 is not used: leave it out",
+            figures={"zero": list(flow.zero_always)},
+        )
+
+
+_REMEDIES = {
+    "no_grad": "take the torch.no_grad() away from there: frozen parts need requires_grad_(False) only, and gradient "
+    "flows through them",
+    "detach": "take the detach() (or .data) away, or put it on what needs no gradient only",
+    "integer cast": "keep the tensor floating: a cast to integers has no gradient, even when it is cast back",
+    "custom forward": "look at that forward for an autograd.Function, numpy or an operation without a gradient, and "
+    "write it with torch's differentiable operations",
+}
+
+
+def _where_to_look(flow: GradientFlow) -> str:
+    if flow.cuts:
+        return "mend the cut named below and verify again"
+    if flow.whole_pass_is_off:
+        return "the model is called under torch.no_grad() from outside: take that away from the training pass"
+    if flow.outside:
+        return f"the loss itself drops the gradient ({', '.join(flow.outside[:2])}): look at update.loss"
+    return (
+        "no module was seen to cut the graph: they are not part of the forward pass, or gradient checkpointing of the "
+        "reentrant kind, or an autograd.Function whose backward returns None, lies before them"
+    )
+
+
+def _figures(flow: GradientFlow, count: int, total: int) -> dict[str, object]:
+    return {
+        "trainable": count,
+        "total": total,
+        "has_grad_fn": flow.has_graph,
+        "groups": {name: {"reached": got, "of": all_} for name, (got, all_) in group_by_module(flow.norms).items()},
+        "unreached": list(flow.unreached),
+        "from_second_step": list(flow.zero_at_start),
+    }
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
