@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import select
 import time
@@ -22,19 +23,24 @@ import yaml
 from kill_harness.counting_judge import CountingJudge
 from kill_harness.nursery import AtOperation, Nursery
 
+from grpo.checkpoint import latest_checkpoint
+
 PHASES = ("rollout", "judging", "journal", "backward", "optimizer", "checkpoint_write", "rename", "rotation")
 """Every one gets its kills; beside them there is "start" (before the first phase is told) and "between"."""
-WITH_FILES = ("journal", "checkpoint_write", "rename", "rotation")
-"""Phases that are made of file operations in the training's own thread."""
+OPERATIONS = {
+    "rollout": 6, "judging": 6, "journal": 3, "backward": 1, "optimizer": 1, "checkpoint_write": 20, "rename": 6,
+    "rotation": 12,
+}  # fmt: skip
+"""Phase -> file operations that it has at least, more or less; a kill before one that does not come, comes at its
+end."""
 CONCURRENCY = 4
 """Calls that may be in flight at a kill."""
 JUDGE_DELAY_S = 0.02
 TIMEOUT_S = 120.0
-STEPS = 4
 _NONCE = re.compile(r'"nonce": "[0-9a-f]+"')
 
 
-def write_recipe(folder: Path, model: Path, judge: CountingJudge, *, full: bool = False) -> Path:
+def write_recipe(folder: Path, model: Path, judge: CountingJudge, *, steps: int = 4, full: bool = False) -> Path:
     """Two objectives, one of them judged; betas that move, a learning rate that falls, groups that are sampled again.
 
     Args: full: all weights learn, instead of an adapter.
@@ -45,7 +51,7 @@ def write_recipe(folder: Path, model: Path, judge: CountingJudge, *, full: bool 
     beta = {"type": "band", "initial": 0.05, "low": 0.001, "high": 0.01}
     recipe = {
         "model": str(model),
-        "steps": STEPS,
+        "steps": steps,
         "output_dir": "run",
         "device": "cpu",
         "prompts": {"type": "file", "path": "train.jsonl", "held_out_path": "test.jsonl", "per_step": 2},
@@ -112,6 +118,9 @@ class Outcome:
     """Questions that the undisturbed run asked, and this one did not: nothing may have been taken from elsewhere."""
     resumed_s: list[float] = field(default_factory=list)
 
+    leftovers: list[str] = field(default_factory=list)
+    """Checkpoints beyond those that the undisturbed run keeps: a kill came before they were deleted."""
+
     @property
     def num_kills(self) -> int:
         return sum(death.phase != "done" for death in self.deaths)
@@ -151,10 +160,16 @@ class Campaign:
         self._pipe = folder / "phases"
         os.mkfifo(self._pipe)
         self._number = 0
-        self._once("first", learn_imports=True)  # warms the nursery up
-        self.undisturbed = self._once("undisturbed")
-        self.noise = differences(self.undisturbed.run_dir, folder / "first")
-        """Between two undisturbed runs: must be nothing, or no comparison means anything."""
+        self.undisturbed = self._once("first", learn_imports=True)
+
+    def warm_up(self) -> list[str]:
+        """Run undisturbed once more, as every later run will, with all imports there.
+
+        Returns:
+            How the two differ: must be nothing, or no comparison means anything.
+        """
+        first, self.undisturbed = self.undisturbed, self._once("undisturbed")
+        return differences(first.run_dir, self.undisturbed.run_dir)
 
     def _once(self, name: str, *, learn_imports: bool = False) -> Undisturbed:
         run_dir = self._folder / name
@@ -199,6 +214,8 @@ class Campaign:
             outcome.differences.append(f"the last resume ended with {code}: {self._last_words()}")
             return outcome
         outcome.differences += differences(self.undisturbed.run_dir, run_dir)
+        kept = {path.name for path in (self.undisturbed.run_dir / "checkpoints").iterdir()}
+        outcome.leftovers = sorted({path.name for path in (run_dir / "checkpoints").iterdir()} - kept)
         outcome.num_repeated = (asked - self.undisturbed.asked).total()
         outcome.num_missing = (self.undisturbed.asked - asked).total()
         return outcome
@@ -277,6 +294,24 @@ def _phases(reader: int, *, until: float, alarm: _Alarm) -> Iterator[tuple[str |
                 yield line.decode(), time.monotonic()
 
 
+# --- when to kill
+
+
+def at_any_time(draw: random.Random, undisturbed: Undisturbed) -> Kill:
+    """Uniform over the wall time of the undisturbed run, its start and its report included."""
+    return Kill(kind="time", after_s=draw.uniform(0.0, undisturbed.seconds))
+
+
+def in_phase(draw: random.Random, phase: str, undisturbed: Undisturbed) -> Kill:
+    """In any of the phases of this name, at any time in it or right before any of its file operations."""
+    durations = [seconds for name, seconds in undisturbed.phases if name == phase]
+    occurrence = draw.randint(1, len(durations))
+    if phase == "optimizer" or draw.random() < 0.5:  # the optimizer's is too short to be met from outside
+        return Kill(kind="operation", phase=phase, occurrence=occurrence, operation=draw.randint(1, OPERATIONS[phase]))
+    after_s = draw.uniform(0.0, 0.7 * durations[occurrence - 1])
+    return Kill(kind="phase", phase=phase, occurrence=occurrence, after_s=after_s)
+
+
 # --- what is on the disk
 
 
@@ -293,16 +328,15 @@ def differences(expected: Path, found: Path) -> list[str]:
 
 def _computed(run_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    checkpoints = sorted((run_dir / "checkpoints").iterdir())
-    found["names of checkpoints"] = [path.name for path in checkpoints]
-    for path in sorted(file for file in checkpoints[-1].rglob("*") if file.is_file()):
+    newest = latest_checkpoint(run_dir).folder
+    for path in sorted(file for file in newest.rglob("*") if file.is_file()):
         found[str(path.relative_to(run_dir))] = path.read_bytes()
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    found["steps of metrics.jsonl"] = [row["step"] for row in rows]
+    for row in rows:
         for name, value in row.items():
             if not name.startswith(("time/", "memory/", "judge/")):
                 found[f"metrics step {row['step']} {name}"] = value
-    found["steps of metrics.jsonl"] = [json.loads(line)["step"] for line in open(run_dir / "metrics.jsonl")]  # noqa: SIM115
     found["completions.jsonl"] = _NONCE.sub("", _unescaped(run_dir / "completions.jsonl"))
     found["eval.json"] = _NONCE.sub("", _unescaped(run_dir / "eval.json"))
     return found

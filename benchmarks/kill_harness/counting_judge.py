@@ -21,6 +21,9 @@ class CountingJudge(DemoServer):
         self._asking = threading.Lock()
         self._asked: Counter[str] = Counter()
 
+    def handle_error(self, *_: object) -> None:
+        """Silent: those who ask are killed, and their connections with them."""
+
     def answer(self, prompt: str) -> tuple[int, dict[str, object]]:
         """Status and body; the count goes by the texts, for the nonce is another in each call."""
         _, texts = read_fences(prompt)

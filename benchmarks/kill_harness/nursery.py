@@ -146,6 +146,7 @@ class Nursery:
 
 def main() -> None:
     """Fork a run for each order on stdin; say its pid, then its exit code."""
+    _import(["grpo.cli", "grpo.trainer", "grpo.diagnostics.display", "grpo.diagnostics.report"])
     for line in sys.stdin:
         order = json.loads(line)
         pipe = os.open(order["phases"], os.O_WRONLY)
@@ -181,7 +182,8 @@ def _run(order: dict[str, Any], pipe: int) -> None:
         sys.argv = ["grpo", *order["arguments"]]
         code = _command(order, pipe)
         if order["modules"]:
-            Path(order["modules"]).write_text("\n".join(sorted(sys.modules)))
+            # in the order in which they came: some would not find their parts in another
+            Path(order["modules"]).write_text("\n".join(sys.modules))
         sys.stdout.flush()
         sys.stderr.flush()
     except BaseException:  # noqa: BLE001  the fork must not go back into the loop above

@@ -1,0 +1,170 @@
+"""Kill a training run anywhere, resume it, and compare what it came to with a run that nobody disturbed.
+
+    python benchmarks/kill_anywhere.py --json benchmarks/results/kill_anywhere.json
+
+A tiny model with two objectives, one judged over HTTP, an adapter that learns, betas that move; 6 steps, a checkpoint
+every 2, evaluations before and after. `grpo train` and `grpo train --resume` as processes (forks of one that has
+imported everything), each killed by SIGKILL: 100 kills uniform over the wall time of the undisturbed run, and then as
+many at chosen places as it takes until each phase has had 10. Half of the killed runs are killed again in their resume.
+
+Compared bit for bit: every file of the last checkpoint (weights, optimizer, betas, counters, random generators), every
+figure of metrics.jsonl but times and memory and the judge's own counts, completions.jsonl, eval.json. The judge counts
+how often each question was asked. What lies on the disk after a kill must fit the phase that the process was in.
+
+Each kill has a seed of its own, written to the JSON file; `--seed` draws others. `--full` trains all weights. `--quick`
+takes 8 kills and one for each phase. Exits 1 where a run was not resumed, differs, or bought more than was in flight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kill_harness.campaign import (
+    CONCURRENCY,
+    JUDGE_DELAY_S,
+    PHASES,
+    Campaign,
+    Kill,
+    Outcome,
+    at_any_time,
+    in_phase,
+    write_recipe,
+)
+from kill_harness.counting_judge import serve_counting
+from kill_harness.nursery import Nursery
+from models.tiny_chat_llama import save_tiny_chat_llama
+
+MAX_TRIES = 8
+"""Kills aimed at a phase for each one that must meet it: some come too late, and meet the next."""
+
+
+def main() -> int:
+    """Run, print the table, write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write every kill and what it came to")
+    parser.add_argument("--quick", action="store_true", help="8 kills at any time, one in each phase")
+    parser.add_argument("--kills", type=int, default=100, help="at any time (default: %(default)s)")
+    parser.add_argument("--in-phase", type=int, default=10, help="at least so many in each (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the kills (default: %(default)s)")
+    parser.add_argument("--full", action="store_true", help="train all weights instead of an adapter")
+    options = parser.parse_args()
+    if options.quick:
+        options.kills, options.in_phase = 8, 1
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as name, serve_counting(delay_s=JUDGE_DELAY_S) as judge, Nursery() as nursery:
+        folder = Path(name)
+        (folder / "model").mkdir()
+        save_tiny_chat_llama(folder / "model")
+        campaign = Campaign(
+            folder, write_recipe(folder, folder / "model", judge, steps=6, full=options.full), judge, nursery
+        )
+        noise = campaign.warm_up()
+        print(f"two undisturbed runs: {noise or 'no difference'}; {campaign.undisturbed.seconds:.1f} s", flush=True)
+        records = kill_all(campaign, options)
+    met = Counter(death["phase"] for record in records for death in record["deaths"])
+    problems = [f"undisturbed: {one}" for one in noise]
+    problems += [f"seed {record['seed']}: {one}" for record in records for one in record["problems"]]
+    problems += [f"only {met[phase]} kills met {phase}" for phase in PHASES if met[phase] < options.in_phase]
+    print(table(records))
+    print("\n".join(problems) or "nothing differs")
+    if options.json:
+        result = {
+            "command": " ".join(sys.argv),
+            "machine": f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}",
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")},
+            "seconds": round(time.monotonic() - begun, 1),
+            "undisturbed_s": round(campaign.undisturbed.seconds, 2),
+            "questions": campaign.undisturbed.asked.total(),
+            "concurrency": CONCURRENCY,
+            "problems": problems,
+            "runs": records,
+        }
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if problems else 0
+
+
+def kill_all(campaign: Campaign, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """First at any time, then in the phases that have not had enough."""
+    records: list[dict[str, Any]] = []
+    met: Counter[str] = Counter()
+
+    def run(seed: str, aim: str, first: Kill, draw: random.Random) -> None:
+        again = [at_any_time(draw, campaign.undisturbed)] if draw.random() < 0.5 else []
+        outcome = campaign.survive([first, *again])
+        met.update(death.phase for death in outcome.deaths)
+        records.append(record_of(seed, aim, outcome))
+        if outcome.problems:
+            print(f"seed {seed}: {outcome.problems}", flush=True)
+
+    def at_time() -> int:
+        deaths = [death for record in records for death in record["deaths"]]
+        return sum(death["kill"]["kind"] == "time" and death["phase"] != "done" for death in deaths)
+
+    while at_time() < options.kills:
+        seed = f"{options.seed}-time-{len(records)}"
+        draw = random.Random(seed)
+        run(seed, "any time", at_any_time(draw, campaign.undisturbed), draw)
+    for phase in PHASES:
+        for number in range(MAX_TRIES * options.in_phase):
+            if met[phase] >= options.in_phase:
+                break
+            seed = f"{options.seed}-{phase}-{number}"
+            draw = random.Random(seed)
+            run(seed, phase, in_phase(draw, phase, campaign.undisturbed), draw)
+    return records
+
+
+def record_of(seed: str, aim: str, outcome: Outcome) -> dict[str, Any]:
+    """For the JSON file."""
+    return {
+        "seed": seed,
+        "aim": aim,
+        "deaths": [asdict(death) for death in outcome.deaths],
+        "repeated": outcome.num_repeated,
+        "leftovers": outcome.leftovers,
+        "problems": outcome.problems,
+    }
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each phase that a process died in."""
+    lines = [
+        "| killed in | at any time | at a chosen place | disk agrees | resumed | bit-identical | asked twice, a run |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    total: Counter[str] = Counter()
+    for phase in ("start", *PHASES, "between"):
+        own: Counter[str] = Counter()
+        most = 0
+        for record in records:
+            for death in record["deaths"]:
+                if death["phase"] != phase:
+                    continue
+                own["time" if death["kill"]["kind"] == "time" else "chosen"] += 1
+                own["agrees"] += not death["contradiction"]
+                own["resumed"] += not any("ended with" in one for one in record["problems"])
+                own["identical"] += not record["problems"]
+                most = max(most, record["repeated"])
+        total += own
+        cells = [own["time"], own["chosen"], own["agrees"], own["resumed"], own["identical"], f"at most {most}"]
+        lines.append(f"| {phase.replace('_', ' ')} | {' | '.join(map(str, cells))} |")
+    most = max(record["repeated"] for record in records)
+    cells = [total["time"], total["chosen"], total["agrees"], total["resumed"], total["identical"], f"at most {most}"]
+    lines.append(f"| all | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""SIGKILL anywhere, `--resume`, and the run is the undisturbed one bit for bit; no verdict is bought twice.
+
+The long form, with a hundred kills and more, is `python benchmarks/kill_anywhere.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kill_harness.campaign import (
+    CONCURRENCY,
+    JUDGE_DELAY_S,
+    PHASES,
+    Campaign,
+    Kill,
+    at_any_time,
+    differences,
+    evidence,
+    in_phase,
+    write_recipe,
+)
+from kill_harness.counting_judge import CountingJudge, serve_counting
+from kill_harness.nursery import Nursery
+
+
+@pytest.fixture(scope="module")
+def judge() -> Iterator[CountingJudge]:
+    with serve_counting(delay_s=JUDGE_DELAY_S) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def campaign(
+    tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory, judge: CountingJudge
+) -> Iterator[Campaign]:
+    folder = tmp_path_factory.mktemp("campaign")
+    with Nursery() as nursery:
+        made = Campaign(folder, write_recipe(folder, tiny_model_dir, judge), judge, nursery)
+        assert made.warm_up() == []  # else no comparison would mean anything
+        yield made
+
+
+def test_killed_in_every_phase_in_turn_a_run_is_the_undisturbed_one_and_buys_nothing_twice(campaign: Campaign) -> None:
+    """One run, killed again and again: each process comes a phase further than the one before it."""
+    phases = ("rollout", "judging", "journal", "backward", "optimizer", "checkpoint_write", "rename", "rotation")
+    outcome = campaign.survive([Kill(kind="operation", phase=phase) for phase in phases])
+    assert outcome.problems == []
+    assert [death.phase for death in outcome.deaths] == list(phases)
+    assert outcome.num_repeated <= 2 * CONCURRENCY  # only the first two were at a time when calls were in flight
+
+
+def test_killed_at_any_time_a_run_is_the_undisturbed_one(campaign: Campaign) -> None:
+    draw = random.Random(0)
+    outcome = campaign.survive([at_any_time(draw, campaign.undisturbed) for _ in range(3)])
+    assert outcome.problems == []
+    assert outcome.num_kills >= 1
+
+
+def test_the_comparison_would_notice_a_changed_weight_a_lost_line_and_another_metric(
+    campaign: Campaign, tmp_path: Path
+) -> None:
+    run_dir = campaign.undisturbed.run_dir
+    assert differences(run_dir, run_dir) == []
+    other = Path(shutil.copytree(run_dir, tmp_path / "other"))
+    lines = (run_dir / "completions.jsonl").read_text().splitlines(keepends=True)
+    (other / "completions.jsonl").write_text("".join(lines[1:]))
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows[-1]["beta/fair"] += 1e-12
+    rows[-1]["time/step_s"] += 1.0  # times may differ
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert differences(run_dir, other) == [
+        "completions.jsonl differs",
+        f"metrics step {rows[-1]['step']} beta/fair differs",
+    ]
+
+
+def test_the_disk_is_held_against_the_phase(campaign: Campaign) -> None:
+    run_dir = campaign.undisturbed.run_dir  # finished: nothing is sealed, nothing is under way
+    assert evidence(run_dir, "between")[1] == ""
+    assert evidence(run_dir, "optimizer")[1] == "the step is not sealed in the journal, but the optimizer is at work"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+def test_killed_many_times_in_one_phase_a_run_is_the_undisturbed_one(phase: str, campaign: Campaign) -> None:
+    met = 0
+    for number in range(20):
+        outcome = campaign.survive([in_phase(random.Random(f"{phase} {number}"), phase, campaign.undisturbed)])
+        assert outcome.problems == []
+        met += outcome.deaths[0].phase == phase
+        if met == 5:
+            break
+    assert met == 5
+
+
+@pytest.mark.slow
+def test_a_run_that_trains_all_weights_survives_kills_too(
+    tiny_model_dir: Path, tmp_path: Path, judge: CountingJudge
+) -> None:
+    with Nursery() as nursery:
+        campaign = Campaign(tmp_path, write_recipe(tmp_path, tiny_model_dir, judge, full=True), judge, nursery)
+        assert campaign.warm_up() == []
+        for phase in ("backward", "checkpoint_write", "rename"):
+            outcome = campaign.survive([Kill(kind="operation", phase=phase), Kill(kind="operation", phase="journal")])
+            assert outcome.problems == []
+
+
+@pytest.mark.slow
+def test_a_command_of_its_own_process_survives_kills_at_any_time(
+    campaign: Campaign, tiny_model_dir: Path, tmp_path: Path, judge: CountingJudge
+) -> None:
+    """As a person starts it: no fork, another hash seed in each process."""
+    recipe = write_recipe(tmp_path, tiny_model_dir, judge)
+    run_dir = tmp_path / "run"
+    judge.take_asked()
+    num_kills = 0
+    for number in range(4):
+        arguments = ["train", str(run_dir), "--resume"] if run_dir.exists() else ["train", str(recipe)]
+        command = [sys.executable, "-m", "grpo", *arguments]
+        lines = _num_lines(run_dir)
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            while number < 3 and process.poll() is None and _num_lines(run_dir) == lines:
+                time.sleep(0.002)
+            time.sleep(random.Random(number).uniform(0.0, 0.1))
+            if number < 3:
+                process.kill()
+            _, stderr = process.communicate(timeout=120)
+            num_kills += process.returncode == -signal.SIGKILL
+    assert process.returncode == 0, stderr.decode()
+    assert num_kills >= 2
+    assert differences(campaign.undisturbed.run_dir, run_dir) == []
+    asked = judge.take_asked()
+    assert (campaign.undisturbed.asked - asked).total() == 0
+    assert (asked - campaign.undisturbed.asked).total() <= num_kills * CONCURRENCY
+
+
+def _num_lines(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
