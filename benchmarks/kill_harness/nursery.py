@@ -75,7 +75,11 @@ class Nursery:
             text=True,
             cwd=HERE.parent,
             # the same numbers in every run; more threads than one could not be forked
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(map(str, [HERE.parent, *sys.path])),
+            },
         )
         return self
 
