@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -256,14 +257,18 @@ def _entry(one: FoundJudge, load: Load, *, times: int) -> dict[str, Any]:
 
 
 def _totals(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Over the whole run. Judges work side by side: of each step and each evaluation the slowest one counts."""
+    """Over the whole run. Endpoints work side by side, the judges at one endpoint after each other: they share what it
+    allows. Of each step and each evaluation the slowest endpoint counts."""
 
     def total(key: str) -> float:
         return math.fsum(entry[key] * entry["times"] for entry in entries)
 
     has_prices = all(entry["cost"] is not None for entry in entries)
+    seconds: Counter[tuple[str, str]] = Counter()
+    for entry in entries:
+        seconds[entry["purpose"], entry["endpoint"]] += entry["seconds"] * entry["times"]
     slowest = {
-        purpose: max((entry["seconds"] * entry["times"] for entry in entries if entry["purpose"] == purpose), default=0)
+        purpose: max((total for (of, _), total in seconds.items() if of == purpose), default=0.0)
         for purpose in ("train", "eval")
     }
     return {

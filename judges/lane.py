@@ -23,11 +23,8 @@ from judges.errors import (
     JudgeTimeout,
     JudgeUnavailable,
 )
-from judges.limits.breaker import Breaker, State, Ticket
-from judges.limits.concurrency import AdaptiveLimit, Slots
-from judges.limits.latency import Latencies
-from judges.limits.rates import RateLimiter
-from judges.limits.retry_budget import RetryBudget
+from judges.limits.breaker import State, Ticket
+from judges.limits.endpoint import EndpointLimits
 from judges.seams import Budget, Reservation
 from judges.types import Call, ChatReply, ChatRequest, FailureKind, Usage
 
@@ -79,7 +76,10 @@ class LaneStats:
 
 
 class Lane:
-    """Owns one endpoint's limits, not its client. Use: `await lane.ask(chat, read, calls=..., is_extra=False)`."""
+    """One pool's way to an endpoint; owns neither the client nor the limits.
+
+    Use: `await lane.ask(chat, read, calls=..., is_extra=False)`.
+    """
 
     def __init__(
         self,
@@ -89,6 +89,7 @@ class Lane:
         *,
         clock: Callable[[], float],
         budget: Budget | None,
+        limits: EndpointLimits,
     ) -> None:
         self.endpoint = endpoint
         self.label = endpoint.label
@@ -97,34 +98,24 @@ class Lane:
         self._hedge = config.hedge
         self._clock = clock
         self._budget = budget
-        self._limit = _limit(endpoint, config, clock)
-        self._slots = Slots(self._limit)
-        self._rates = RateLimiter(
-            requests_per_minute=endpoint.requests_per_minute,
-            tokens_per_minute=endpoint.tokens_per_minute,
-            clock=clock,
-        )
-        self._breaker = Breaker(config.breaker, clock=clock)
-        self._retry_budget = RetryBudget(config.retry_budget, clock=clock)
-        self._latencies = Latencies()
+        self._limits = limits
         self._outcomes: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._usage = Usage(prompt_tokens=0, completion_tokens=0)
-        self._num_overloads = 0  # 429s since the last answer
         self._cost = 0.0
-        self.denial: JudgeDenied | None = None
-        """Why nobody waits for this endpoint; None while it takes our calls."""
         self.is_structured = endpoint.structured != "text"
         """Whether replies are to be held to a schema."""
 
     @property
+    def denial(self) -> JudgeDenied | None:
+        """Why nobody waits for this endpoint; None while it takes our calls."""
+        return self._limits.denial
+
+    @property
     def forms(self) -> tuple[bool, ...]:
-        """`is_structured`, and whatever else a verdict of this endpoint may have been asked for by."""
-        return (
-            (self.is_structured, not self.is_structured)
-            if self.endpoint.structured == "auto"
-            else (self.is_structured,)
-        )
+        """`is_structured`, and the other one where a verdict may have been asked for in that form before."""
+        is_either = self.endpoint.structured == "auto"
+        return (self.is_structured, not self.is_structured) if is_either else (self.is_structured,)
 
     def note_no_schemas(self) -> None:
         """It has refused a schema, and then answered without one."""
@@ -134,14 +125,14 @@ class Lane:
 
     def ready_in_s(self, *, is_extra: bool) -> float:
         """Seconds until it is worth a try, as far as is known now; inf where waiting does not help."""
-        budget_s = self._retry_budget.wait_s() if is_extra else 0.0
-        return max(self._breaker.wait_s(), self._rates.pause_left_s, budget_s)
+        budget_s = self._limits.retry_budget.wait_s() if is_extra else 0.0
+        return max(self._limits.breaker.wait_s(), self._limits.rates.pause_left_s, budget_s)
 
     def hedge_after_s(self) -> float | None:
         """Seconds after which a call is slower than most; None where no twin is to be sent."""
-        if self._hedge is None or len(self._latencies) < self._hedge.min_calls:
+        if self._hedge is None or len(self._limits.latencies) < self._hedge.min_calls:
             return None
-        return self._latencies.quantile(self._hedge.quantile)
+        return self._limits.latencies.quantile(self._hedge.quantile)
 
     async def ask(
         self,
@@ -168,15 +159,15 @@ class Lane:
         """
         asked_at, hold_s = self._clock(), 0.0
         tokens = sum(len(message.content) for message in chat.messages) / CHARS_PER_TOKEN + chat.max_tokens
-        await self._slots.acquire()
+        await self._limits.slots.acquire()
         try:
-            await self._rates.acquire(tokens)
+            await self._limits.rates.acquire(tokens)
             try:
                 if self._budget is not None:
                     await self._budget.wait_for_room(self._upper_bound(chat))
                 ticket, reservation = self._leave(chat, is_extra=is_extra)
             except BaseException:  # a cancelled wait sends nothing either
-                self._rates.give_back(tokens)
+                self._limits.rates.give_back(tokens)
                 raise
             if sent is not None:
                 sent.set()
@@ -189,7 +180,7 @@ class Lane:
             try:
                 reply = await self._complete(chat)
                 usage = self._believed(reply.usage, chat)
-                self._rates.sync_down(requests=reply.remaining_requests, tokens=reply.remaining_tokens)
+                self._limits.rates.sync_down(requests=reply.remaining_requests, tokens=reply.remaining_tokens)
                 reading = read(replace(reply, usage=usage))
                 outcome = "answered"
                 self._on_answer(ticket, latency_s=self._clock() - sent_at)
@@ -203,18 +194,18 @@ class Lane:
                 hold_s = self._hold_s(exc)
                 raise
             except asyncio.CancelledError:
-                self._breaker.on_no_outcome(ticket)
+                self._limits.breaker.on_no_outcome(ticket)
                 raise
             except Exception:
                 outcome = "client_error"
-                self._breaker.on_failure(ticket)
+                self._limits.breaker.on_failure(ticket)
                 raise
             finally:
                 if usage is not None:
                     self._usage = self._usage.plus(usage)
-                    self._rates.true_up(tokens, usage.prompt_tokens + usage.completion_tokens)
+                    self._limits.rates.true_up(tokens, usage.prompt_tokens + usage.completion_tokens)
                 elif not may_be_billed:
-                    self._rates.true_up(tokens, 0.0)
+                    self._limits.rates.true_up(tokens, 0.0)
                 cost = self._settle(reservation, usage, may_be_billed=may_be_billed)
                 self._outcomes[outcome] += 1
                 calls.append(
@@ -230,9 +221,9 @@ class Lane:
                 )
         finally:
             if hold_s:
-                asyncio.get_running_loop().call_later(hold_s, self._slots.release)
+                asyncio.get_running_loop().call_later(hold_s, self._limits.slots.release)
             else:
-                self._slots.release()
+                self._limits.slots.release()
 
     def stats(self) -> LaneStats:
         """So far."""
@@ -242,10 +233,10 @@ class Lane:
             outcomes=dict(self._outcomes),
             extra_calls=self._counts["extra"],
             hedges=self._counts["hedges"],
-            limit=self._limit.limit,
-            limit_history=tuple(self._limit.history),
-            breaker=self._breaker.state,
-            breaker_events=tuple(self._breaker.events),
+            limit=self._limits.concurrency.limit,
+            limit_history=tuple(self._limits.concurrency.history),
+            breaker=self._limits.breaker.state,
+            breaker_events=tuple(self._limits.breaker.events),
             usage=self._usage,
             unbelievable_usage=self._counts["unbelievable_usage"],
             cost=self._cost,
@@ -253,20 +244,20 @@ class Lane:
 
     def _leave(self, chat: ChatRequest, *, is_extra: bool) -> tuple[Ticket, Reservation | None]:
         """All that must be asked in the moment of sending; nothing in here waits."""
-        if self._rates.pause_left_s > 0 or (is_extra and self._retry_budget.wait_s() > 0):
+        if self._limits.rates.pause_left_s > 0 or (is_extra and self._limits.retry_budget.wait_s() > 0):
             raise NotAdmitted
-        ticket = self._breaker.admit()
+        ticket = self._limits.breaker.admit()
         if ticket is None:
             raise NotAdmitted
         try:
             reservation = self._budget.reserve(self._upper_bound(chat)) if self._budget else None
         except JudgeError:
-            self._breaker.on_no_outcome(ticket)
+            self._limits.breaker.on_no_outcome(ticket)
             raise
         if is_extra:
-            self._retry_budget.take()
+            self._limits.retry_budget.take()
         else:
-            self._retry_budget.note_first()
+            self._limits.retry_budget.note_first()
         return ticket, reservation
 
     async def _complete(self, chat: ChatRequest) -> ChatReply:
@@ -277,27 +268,27 @@ class Lane:
             raise JudgeTimeout(f"no answer within {self._timeout_s:g} s") from None
 
     def _on_answer(self, ticket: Ticket, *, latency_s: float) -> None:
-        self._breaker.on_success(ticket)
-        self._latencies.note(latency_s)
-        self._limit.on_success()
-        self._num_overloads = 0
-        self.denial = None
+        self._limits.breaker.on_success(ticket)
+        self._limits.latencies.note(latency_s)
+        self._limits.concurrency.on_success()
+        self._limits.num_overloads = 0
+        self._limits.denial = None
 
     def _on_failure(self, ticket: Ticket, failure: JudgeFailure) -> None:
         if isinstance(failure, JudgeUnavailable) and failure.retry_after_s is not None:
-            self._rates.pause(failure.retry_after_s)
+            self._limits.rates.pause(failure.retry_after_s)
         if isinstance(failure, JudgeOverloaded):
-            self._breaker.on_no_outcome(ticket)
-            self._limit.on_overload()
-            self._num_overloads += 1
+            self._limits.breaker.on_no_outcome(ticket)
+            self._limits.concurrency.on_overload()
+            self._limits.num_overloads += 1
         elif isinstance(failure, JudgeDenied):
-            self.denial = failure
-            self._breaker.on_denied(ticket)
+            self._limits.denial = failure
+            self._limits.breaker.on_denied(ticket)
         elif isinstance(failure, InvalidVerdict | JudgeRefused | JudgeRejected) and failure.kind not in SICK_KINDS:
-            self._breaker.on_success(ticket)  # it answered: its health is not in doubt
-            self._limit.on_success()
+            self._limits.breaker.on_success(ticket)  # it answered: its health is not in doubt
+            self._limits.concurrency.on_success()
         else:
-            self._breaker.on_failure(ticket)
+            self._limits.breaker.on_failure(ticket)
 
     def _hold_s(self, failure: JudgeFailure) -> float:
         """Seconds that a call keeps its slot after its end. A 429 comes back at once: were its slot free at once, the
@@ -305,7 +296,7 @@ class Lane:
         Where the endpoint says how long to wait, the pause does as much."""
         if not isinstance(failure, JudgeOverloaded) or failure.retry_after_s is not None:
             return 0.0
-        return min(2.0 ** min(self._num_overloads - 1, 10), MAX_HOLD_S)
+        return min(2.0 ** min(self._limits.num_overloads - 1, 10), MAX_HOLD_S)
 
     def _believed(self, usage: Usage | None, chat: ChatRequest) -> Usage | None:
         if usage is None:
@@ -337,15 +328,6 @@ class Lane:
             reservation.settle(cost)
         self._cost += cost or 0.0
         return cost
-
-
-def _limit(endpoint: EndpointConfig, config: JudgeConfig, clock: Callable[[], float]) -> AdaptiveLimit:
-    most = endpoint.max_concurrency or 1024
-    if isinstance(config.concurrency, int):
-        return AdaptiveLimit.fixed(min(config.concurrency, most), clock=clock)
-    bounds = config.concurrency
-    capped = {name: min(getattr(bounds, name), most) for name in ("start", "minimum", "maximum")}
-    return AdaptiveLimit(bounds.model_copy(update=capped), clock=clock)
 
 
 def _prompt_bytes(chat: ChatRequest) -> int:

@@ -23,6 +23,7 @@ from judges.exchange import Exchange
 from judges.flights import GRACE_S, Flight
 from judges.identity import judgement_hashes, rubric_sha256
 from judges.lane import Lane, LaneStats, NotAdmitted
+from judges.limits.endpoint import SharedLimits
 from judges.modes import build_mode
 from judges.modes.base import Answer, Outcome, Question
 from judges.prompts import Rubric, is_blank, load_rubric
@@ -69,8 +70,10 @@ class JudgePool:
         audit: AuditSink | None = None,
         cache: VerdictCache | None = None,
         budget: Budget | None = None,
+        limits: SharedLimits | None = None,
     ) -> None:
-        """Take one client for each endpoint, in the config's order; one alone is asked for all of them."""
+        """Take one client for each endpoint, in the config's order; one alone is asked for all of them. Limits are this
+        pool's own where None."""
         clients = [client] * len(config.endpoints) if isinstance(client, JudgeClient) else list(client)
         self._clients = dict(zip([one.label for one in config.endpoints], clients, strict=True))
         self._config = config
@@ -86,6 +89,7 @@ class JudgePool:
         self._audit = audit
         self._cache = cache
         self._budget = budget
+        self._limits = limits or SharedLimits()
         self._random = random.Random()  # ours alone: a wait must not move the training's seeds
         self._lanes: Panel = ()
         self._flights: dict[tuple[Panel, Question], tuple[Asking, Flight[Answer]]] = {}
@@ -307,7 +311,14 @@ class JudgePool:
         if not self._lanes:  # at the first batch: their clock is the event loop's
             clock = asyncio.get_running_loop().time
             self._lanes = tuple(
-                Lane(endpoint, self._clients[endpoint.label], self._config, clock=clock, budget=self._budget)
+                Lane(
+                    endpoint,
+                    self._clients[endpoint.label],
+                    self._config,
+                    clock=clock,
+                    budget=self._budget,
+                    limits=self._limits.of(endpoint, self._config),
+                )
                 for endpoint in self._config.endpoints
             )
         return [(lane,) for lane in self._lanes] if self._config.ensemble else [self._lanes]

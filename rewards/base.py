@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from judges.budget import MoneyBudget
+from judges.limits.endpoint import SharedLimits
 from judges.seams import VerdictCache
 from rewards.errors import RewardError
 from rewards.types import RewardInput, Score
@@ -56,6 +57,8 @@ class RewardContext:
     """Processes of the run that score, each its own part; they share what a judge may cost."""
     budgets: dict[str, MoneyBudget] = field(default_factory=dict)
     """What judges have spent, by their names: rewards that ask one judge share its caps."""
+    limits: SharedLimits = field(default_factory=SharedLimits)
+    """Calls in flight, rates and breakers of judges' endpoints: rewards that ask one endpoint share them."""
 
 
 async def score_group(reward: AnyReward, inputs: Sequence[RewardInput]) -> list[Score]:

@@ -18,6 +18,7 @@ from judges.config import JudgeConfig, Penalise
 from judges.dialects import build_client
 from judges.errors import AuditFailed, JudgeConfigError, JudgeError
 from judges.layered_cache import LayeredCache
+from judges.limits.endpoint import SharedLimits
 from judges.pool import JudgePool, PoolStats
 from judges.prompts import is_rubric_path, load_rubric
 from judges.replay import ReplayPool
@@ -48,10 +49,13 @@ class Judged:
         budget: MoneyBudget | None = None,
         replay_path: Path | None = None,
         received: VerdictCache | None = None,
+        limits: SharedLimits | None = None,
     ) -> None:
         """Take a client for each endpoint (or one for all), a cache or a budget instead of the config's own.
 
-        Args: received: keeps what judges said in the step under way; asked before the cache, whatever the config says.
+        Args:
+            received: keeps what judges said in the step under way; asked before the cache, whatever the config says.
+            limits: shared with other rewards that ask the same endpoints.
 
         Raises:
             RewardConfigError: the rubric or the audit to be replayed cannot be used.
@@ -60,6 +64,7 @@ class Judged:
         self._given_client = client
         self._given_cache = cache
         self._received = received
+        self._limits = limits or SharedLimits()
         self._layers: LayeredCache | None = None
         self._budget = budget or _new_budget(config, audit_path)
         take_booking = self._budget.take_booking if self._budget else None
@@ -92,6 +97,7 @@ class Judged:
             budget=budget,
             replay_path=context.replay_path,
             received=context.received,
+            limits=context.limits,
         )
 
     async def check(self) -> None:
@@ -196,6 +202,7 @@ class Judged:
                 audit=self._audit,
                 cache=self._layers or cache,
                 budget=self._budget,
+                limits=self._limits,
             )
             self._loop = loop
         assert self._pool is not None

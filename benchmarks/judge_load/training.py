@@ -16,6 +16,9 @@ import yaml
 
 RECIPE = Path(__file__).parents[2] / "grpo" / "recipes" / "quickstart-judged.yaml"
 
+ROWS = 64
+"""Completions of a step: 8 prompts of 8, half of them of each objective."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
@@ -23,25 +26,24 @@ class Training:
 
     delay_s: float
     """Seconds that the judge takes for a verdict."""
-    concurrency: int | None
-    """Calls in flight for each of the two objectives; None: found out."""
+    concurrency: int
+    """Calls in flight, of both objectives together."""
     max_rows: int
-    """Rows sampled side by side; a step has 64."""
+    """Rows sampled side by side."""
     steps: int = 6
 
 
 def measure_training(training: Training) -> dict[str, Any]:
     """Figures of the run's steps but the first, which warms up.
 
-    "alone_s" is the least time that the step's judging takes by itself: 32 calls for each of two objectives.
+    "alone_s" is the least time that the step's judging takes by itself: 64 calls.
     """
     with tempfile.TemporaryDirectory() as folder, _demo_judge(training.delay_s) as url:
         recipe = yaml.safe_load(RECIPE.read_text())
         for objective in recipe["objectives"].values():
             params = objective["rewards"][0]["params"]
             params["endpoint"]["url"] = url
-            if training.concurrency is not None:
-                params["concurrency"] = training.concurrency
+            params["concurrency"] = training.concurrency
         recipe |= {"steps": training.steps, "output_dir": f"{folder}/run", "checkpoint": {"every": 1000}}
         recipe["rollout"]["max_rows"] = training.max_rows
         recipe["eval"] |= {"before": False, "after": False}
@@ -51,14 +53,14 @@ def measure_training(training: Training) -> dict[str, Any]:
         rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()][1:]
     sums = {name: sum(row[f"time/{name}_s"] for row in rows) for name in ("rollout", "judge", "judge_wait", "step")}
     unscored = sum(row[f"reward/{o}/unscored_frac"] for row in rows for o in recipe["objectives"])
-    rounds = -(-32 // training.concurrency) if training.concurrency is not None else 1
     return {
         "delay_s": training.delay_s,
         "concurrency": training.concurrency,
         "max_rows": training.max_rows,
         "steps": len(rows),
         **{f"{name}_s": total / len(rows) for name, total in sums.items()},
-        "alone_s": rounds * training.delay_s,
+        "turns": ROWS // training.max_rows,
+        "alone_s": ROWS / training.concurrency * training.delay_s,
         "hidden": 1.0 - sums["judge_wait"] / sums["judge"],
         "unscored": unscored,
     }
