@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,24 @@ import pytest
 import torch
 from builders import make_batch, make_group, make_policy, make_updater
 
-from grpo.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from grpo.errors import CheckpointError, StorageError
+from grpo.checkpoint import (
+    RunState,
+    bytes_of,
+    check_room,
+    checkpoint_bytes,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_run_state,
+    save_checkpoint,
+)
+from grpo.config import FullTrainable, LoraTrainable, TrainableConfig
+from grpo.durable_files import free_bytes
+from grpo.errors import CheckpointError, ConfigError, StorageError
+from grpo.phases import Phase
+from grpo.runtime.models import load_model, load_tokenizer
+from grpo.runtime.policy import Policy
+from grpo.runtime.randomness import random_state
 from grpo.update.beta import BandBeta
 from grpo.update.step import Updater
 
@@ -177,3 +194,78 @@ def test_only_step_and_digits_is_a_checkpoint_and_other_folders_stay(trained: Up
     assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [4]
     save_checkpoint(tmp_path, trained, step=5, keep=1)
     assert names(tmp_path) == ["best", "step-", "step-4-copy", "step-5", "step-9", "step-best"]
+
+
+# --- reading back, and room
+
+
+def test_older_checkpoints_stay_where_the_new_one_does_not_read_back(trained: Updater, tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, trained, step=step, keep=2)
+
+    def spoil(phase: Phase) -> None:
+        if phase == "rotation":  # the new one has its name
+            flip_a_bit(tmp_path / "checkpoints" / "step-3" / "state.json")
+
+    with pytest.raises(StorageError, match=r"step-3 was written, but reads back otherwise: state\.json is damaged"):
+        save_checkpoint(tmp_path, trained, step=3, keep=1, announce=spoil)
+    assert names(tmp_path) == ["step-1", "step-2", "step-3"]
+    found = latest_checkpoint(tmp_path)
+    assert found.step == 2
+    assert [problem.partition(": ")[0] for problem in found.passed_over] == [str(tmp_path / "checkpoints" / "step-3")]
+
+
+def test_phases_of_a_save_are_told_in_their_order_and_each_finds_the_disk_as_it_says(
+    trained: Updater, tmp_path: Path
+) -> None:
+    save_checkpoint(tmp_path, trained, step=1, keep=1)
+    seen: list[tuple[Phase, list[str]]] = []
+
+    def look(phase: Phase) -> None:
+        seen.append((phase, [re.sub("-[0-9a-f]{32}$", "", name) for name in names(tmp_path)]))
+
+    save_checkpoint(tmp_path, trained, step=2, keep=1, announce=look)
+    assert seen == [
+        ("checkpoint_write", ["step-1"]),
+        ("rename", [".step-2", "step-1"]),
+        ("rotation", ["step-1", "step-2"]),
+    ]
+    assert names(tmp_path) == ["step-2"]
+
+
+def test_the_state_of_a_run_comes_back(trained: Updater, tmp_path: Path) -> None:
+    state = RunState(
+        next_prompts=("p1", "p7"),
+        skipped_in_a_row=2,
+        stuck_betas=("a",),
+        random_states=(random_state(), random_state()),
+    )
+    found = read_run_state(save_checkpoint(tmp_path, trained, step=1, keep=1, state=state))
+    assert (found.next_prompts, found.skipped_in_a_row, found.stuck_betas) == (("p1", "p7"), 2, ("a",))
+    for ours, theirs in zip(found.random_states, state.random_states, strict=True):
+        assert (ours.python, ours.numpy, ours.numpy_place) == (theirs.python, theirs.numpy, theirs.numpy_place)
+        assert torch.equal(ours.torch, theirs.torch)
+
+
+@pytest.mark.parametrize("trainable", [LoraTrainable(rank=2), FullTrainable(type="full")], ids=["lora", "full"])
+@pytest.mark.parametrize("has_anchor", [False, True])
+def test_the_room_that_is_asked_for_is_enough_and_not_much_more(
+    trainable: TrainableConfig, has_anchor: bool, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_model_dir), base_dir=tmp_path)
+    model = load_model(str(tiny_model_dir), dtype=torch.float32, base_dir=tmp_path, attention="sdpa")
+    policy = Policy(model, trainable, seed=0, tokenizer=tokenizer)
+    if has_anchor:
+        policy.take_as_reference()
+    updater = make_updater(policy)
+    train(updater)
+    expected = checkpoint_bytes(updater, vocabulary_size=len(tokenizer), has_anchor=has_anchor)
+    taken = bytes_of(save_checkpoint(tmp_path, updater, step=1, keep=1))
+    assert taken <= expected <= taken + (1 << 19)
+
+
+def test_no_room_is_said_with_the_path_and_the_bytes(tmp_path: Path) -> None:
+    free = free_bytes(tmp_path)
+    check_room(tmp_path, checkpoint_bytes=1, count=2)
+    with pytest.raises(ConfigError, match=rf"{tmp_path}: the next 2 checkpoint\(s\) need {4 * free} bytes"):
+        check_room(tmp_path, checkpoint_bytes=2 * free, count=2, error=ConfigError)
