@@ -149,8 +149,8 @@ class VllmServerEngine:
 
     def _open(self, policy: Policy, params: SamplingParams, longest_prompt: int) -> None:
         check_law(params)
-        self._folder = transfer_folder(self._config)
         self._fleet = Fleet(self._config)
+        self._folder = transfer_folder(self._config)
         facts = self._loop.run(self._fleet.ask_facts())
         dtype = str(policy.compute_dtype).removeprefix("torch.")
         for server, fact in zip(self._fleet.servers, facts, strict=True):
@@ -262,10 +262,10 @@ def check_servers(config: VllmServerConfig, *, max_new_tokens: int) -> None:
     Raises:
         ConfigError: one is not.
     """
-    transfer_folder(config)
     fleet = Fleet(config)
     loop = LoopThread()
     try:
+        transfer_folder(config)
         for server, facts in zip(fleet.servers, loop.run(fleet.ask_facts()), strict=True):
             check_facts(facts, url=server.url, max_new_tokens=max_new_tokens)
     finally:

@@ -1,8 +1,7 @@
 """A real `python -m grpo.rollout.vllm_serve` on the CPU with the 135M model in float32, over HTTP: it samples from the
 law that the trainer differentiates, from the weights that were synced last, and a run trains through it.
 
-One server for all. It takes adapters as long as it has the base model's weights, so those tests come first; the last
-test kills it.
+One server for whole weights, which the last test kills, and one for adapters.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,28 +69,24 @@ class RunningServer:
         self.process.wait(30)
 
 
-@pytest.fixture(scope="module")
-def server(smollm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+@contextmanager
+def serving(model: Path, log: Path, *flags: str) -> Iterator[RunningServer]:
+    """A server of this model with vLLM's further flags, until the end of the block."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
+    line = [sys.executable, "-m", "grpo.rollout.vllm_serve", str(model), "--port", str(port)]
+    line += ["--processor", "vllm_bias:Bias", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", *flags]
     tests = str(Path(__file__).parents[1])
-    line = [sys.executable, "-m", "grpo.rollout.vllm_serve", str(smollm_dir), "--port", str(port)]
-    line += ["--processor", "vllm_bias:Bias", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
-    line += ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "1"]
-    inherited = dict(os.environ)
     environment = {
-        **inherited,
-        "PYTHONPATH": os.pathsep.join(filter(None, [tests, inherited.get("PYTHONPATH", "")])),
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH", "")])),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "2",
     }
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            line, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = subprocess.Popen(line, env=environment, stdout=output, stderr=output, start_new_session=True)
     running = RunningServer(process=process, url=f"http://127.0.0.1:{port}", log=log)
     try:
         wait_until_ready(running)
@@ -99,6 +95,20 @@ def server(smollm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(smollm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    with serving(smollm_dir, tmp_path_factory.mktemp("server") / "log") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def adapter_server(smollm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """Another, for vLLM computes otherwise where adapters are enabled."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(smollm_dir, log, "--enable-lora", "--max-lora-rank", "8", "--max-loras", "1") as running:
+        yield running
 
 
 def wait_until_ready(server: RunningServer) -> None:
@@ -141,9 +151,9 @@ def policy(smollm_dir: Path) -> Policy:
 
 @pytest.fixture(scope="module")
 def adapter_engine(
-    server: RunningServer, policy: Policy, tokenizer: PreTrainedTokenizerBase
+    adapter_server: RunningServer, policy: Policy, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[VllmServerEngine]:
-    engine = open_engine(server, policy, tokenizer, sync="adapter")
+    engine = open_engine(adapter_server, policy, tokenizer, sync="adapter")
     yield engine
     engine.close()
 
@@ -158,7 +168,7 @@ def engine(server: RunningServer, policy: Policy, tokenizer: PreTrainedTokenizer
 def open_engine(
     server: RunningServer, policy: Policy, tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> VllmServerEngine:
-    config = VllmServerConfig(type="vllm_server", urls=(server.url,), **options)
+    config = VllmServerConfig(type="vllm_server", urls=(server.url,), max_connections=16, **options)
     return VllmServerEngine(policy, tokenizer, config, params=PARAMS, ranks=Ranks(use_cpu=True))
 
 
@@ -231,14 +241,14 @@ def test_the_canary_finds_that_an_adapter_follows_the_policy(
 
 
 def test_an_adapter_for_another_base_model_is_refused(
-    adapter_engine: VllmServerEngine, server: RunningServer, tokenizer: PreTrainedTokenizerBase, smollm_dir: Path
+    adapter_server: RunningServer, tokenizer: PreTrainedTokenizerBase, smollm_dir: Path
 ) -> None:
     """One of the same shape, so that nothing else would tell."""
     other = make_policy(smollm_dir)
     with torch.no_grad():
         next(p for name, p in other.causal_lm.named_parameters() if name.endswith("base_layer.weight")).mul_(1.01)
     with pytest.raises(EngineError, match=r"does not hold the weights of the recipe's model.*self_attn"):
-        open_engine(server, other, tokenizer, sync="adapter")
+        open_engine(adapter_server, other, tokenizer, sync="adapter")
 
 
 # --- whole weights
@@ -281,7 +291,7 @@ def test_the_agreement_would_notice_a_law_that_is_not_replayed(
 
 def test_a_completion_does_not_depend_on_its_batch(engine: VllmServerEngine, prompts: list[EncodedPrompt]) -> None:
     params = replace(PARAMS, presence_penalty=0.3, top_p=0.95)
-    together = sample(engine, prompts, params, k=8)  # 32 rows
+    together = sample(engine, prompts, params, k=8)  # 32 rows, 16 at a time
     alone = [sample(engine, [prompt], params, k=8)[0] for prompt in prompts]
     for group, other in zip(together, alone, strict=True):
         assert [c.token_ids for c in group.completions] == [c.token_ids for c in other.completions]
@@ -316,9 +326,9 @@ def test_a_prompt_cached_under_the_old_weights_is_computed_again(
 def test_a_caller_who_stops_listening_ends_what_the_server_does(
     engine: VllmServerEngine, server: RunningServer, prompts: list[EncodedPrompt]
 ) -> None:
-    # 128 rows, of which 64 at a time are asked for
-    groups = engine.sample(prompts, 32, params=replace(PARAMS, max_new_tokens=60), seed=0)
-    assert len(next(groups).completions) == 32
+    # 32 rows, of which 16 at a time are asked for
+    groups = engine.sample(prompts, 8, params=replace(PARAMS, max_new_tokens=32), seed=0)
+    assert len(next(groups).completions) == 8
     assert requests_running(server) > 0
     groups.close()  # pyright: ignore[reportAttributeAccessIssue]
     end = time.monotonic() + 20

@@ -128,6 +128,7 @@ def test_an_adapter_for_another_base_model_is_refused(server: VllmDouble, open_e
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"urls": ("127.0.0.1:8000",)}, "must look like"),
         ({"urls": ("ftp://127.0.0.1:1",)}, "must look like"),
         ({"urls": ("http://user:pw@127.0.0.1:1",)}, "must look like"),
         ({"urls": ("http://10.0.0.5:8000",), "transfer_dir": Path("/")}, "another machine, and no https"),
