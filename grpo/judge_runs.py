@@ -228,6 +228,7 @@ def _mean(steps: Sequence[Sequence[Load]]) -> list[Load]:
             cost=None if same[0].cost is None else _average([load.cost or 0.0 for load in same]),
             cost_at_most=None if same[0].cost is None else _average([load.cost_at_most or 0.0 for load in same]),
             seconds=_average([load.seconds for load in same]),
+            busy_seconds=_average([load.busy_seconds for load in same]),
             bound_by=max(same, key=lambda load: load.seconds).bound_by,
         )
         for same in zip(*steps, strict=True)
@@ -252,23 +253,27 @@ def _entry(one: FoundJudge, load: Load, *, times: int) -> dict[str, Any]:
         "cost": load.cost,
         "cost_at_most": load.cost_at_most,
         "seconds": load.seconds,
+        "busy_seconds": load.busy_seconds,
         "bound_by": load.bound_by,
     }
 
 
 def _totals(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Over the whole run. Endpoints work side by side, the judges at one endpoint after each other: they share what it
-    allows. Of each step and each evaluation the slowest endpoint counts."""
+    """Over the whole run. Endpoints work side by side, and judges at one endpoint share what it allows: of each step and
+    each evaluation the slowest endpoint counts."""
 
     def total(key: str) -> float:
         return math.fsum(entry[key] * entry["times"] for entry in entries)
 
     has_prices = all(entry["cost"] is not None for entry in entries)
-    seconds: Counter[tuple[str, str]] = Counter()
+    seconds: dict[tuple[str, str], float] = {}
+    busy: Counter[tuple[str, str]] = Counter()
     for entry in entries:
-        seconds[entry["purpose"], entry["endpoint"]] += entry["seconds"] * entry["times"]
+        where = entry["purpose"], entry["endpoint"]
+        seconds[where] = max(seconds.get(where, 0.0), entry["seconds"] * entry["times"])
+        busy[where] += entry["busy_seconds"] * entry["times"]
     slowest = {
-        purpose: max((total for (of, _), total in seconds.items() if of == purpose), default=0.0)
+        purpose: max((max(seconds[where], busy[where]) for where in seconds if where[0] == purpose), default=0.0)
         for purpose in ("train", "eval")
     }
     return {

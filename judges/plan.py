@@ -37,6 +37,8 @@ class Load:
     """Money if every byte of a prompt is a token and every reply as long as it may be: what a budget sets aside."""
     seconds: float
     """At the endpoint's rates, the pool's concurrency and the assumed latency, whichever is slowest."""
+    busy_seconds: float
+    """The same without rounding calls up to whole rounds: what several judges at one endpoint add up to."""
     bound_by: str
     """Which of them that is: "requests_per_minute", "tokens_per_minute" or "concurrency"."""
 
@@ -74,7 +76,8 @@ def plan_batches(
                 prompt_tokens=sum(len(prompt.encode("utf-8", "replace")) + 64 for prompt in prompts),
                 completion_tokens=num_texts * config.max_tokens,
             )
-        seconds, bound_by = _time(config, endpoint, len(questions), prompt_tokens + assumed, latency_s)
+        times = _times(config, endpoint, len(questions), prompt_tokens + assumed, latency_s)
+        bound_by = max(times, key=lambda name: times[name][0])
         loads.append(
             Load(
                 endpoint=endpoint,
@@ -83,7 +86,8 @@ def plan_batches(
                 reply_tokens=assumed,
                 cost=cost,
                 cost_at_most=cost_at_most,
-                seconds=seconds,
+                seconds=times[bound_by][0],
+                busy_seconds=max(busy for _, busy in times.values()),
                 bound_by=bound_by,
             )
         )
@@ -96,17 +100,17 @@ def most_in_flight(config: JudgeConfig, endpoint: EndpointConfig) -> int:
     return min(bound, endpoint.max_concurrency or bound)
 
 
-def _time(
+def _times(
     config: JudgeConfig, endpoint: EndpointConfig, calls: int, tokens: float, latency_s: float
-) -> tuple[float, str]:
-    waves = math.ceil(calls / most_in_flight(config, endpoint))
-    times = {"concurrency": waves * latency_s}
+) -> dict[str, tuple[float, float]]:
+    """By what bounds it: seconds, and seconds that the endpoint is busy."""
+    rounds = calls / most_in_flight(config, endpoint)
+    times = {"concurrency": (math.ceil(rounds) * latency_s, rounds * latency_s)}
     if endpoint.requests_per_minute:
-        times["requests_per_minute"] = calls / endpoint.requests_per_minute * 60
+        times["requests_per_minute"] = (calls / endpoint.requests_per_minute * 60,) * 2
     if endpoint.tokens_per_minute:
-        times["tokens_per_minute"] = tokens / endpoint.tokens_per_minute * 60
-    bound_by = max(times, key=times.__getitem__)
-    return times[bound_by], bound_by
+        times["tokens_per_minute"] = (tokens / endpoint.tokens_per_minute * 60,) * 2
+    return times
 
 
 def _prompt_text(config: JudgeConfig, rubric: Rubric, question: Question) -> str:

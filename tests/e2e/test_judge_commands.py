@@ -106,6 +106,17 @@ def test_a_plan_counts_evaluations_that_ask_the_judge(grpo: Grpo, tmp_path: Path
     ]
 
 
+def test_judges_at_one_endpoint_share_its_rate_and_those_at_two_do_not(grpo: Grpo, tmp_path: Path) -> None:
+    for url, minutes in (("https://judge.invalid/v1", 2 * 320 / 60), ("https://other.invalid/v1", 320 / 60)):
+        second = judged(url, rubric="grounding")
+        second["rewards"][0]["params"]["endpoint"]["name"] = "m" if "judge" in url else "other"
+        tasks = {"type": "tasks", "names": ["fairness", "grounding"], "per_step": 8}
+        recipe = write_recipe(tmp_path, objectives={"fairness": judged(), "grounding": second}, prompts=tasks)
+        assert grpo("plan", recipe, "--json", "plan.json")[0] == 0
+        run = json.loads((tmp_path / "plan.json").read_text())["run"]
+        assert (run["calls"], run["minutes"]) == (640, pytest.approx(minutes))
+
+
 def test_a_plan_warns_of_a_deadline_and_of_caps_that_cannot_hold(grpo: Grpo, tmp_path: Path) -> None:
     tight = judged(deadline_s=5.0, budget={"per_step": 0.001, "per_run": 0.002})
     code, out, _ = grpo("plan", write_recipe(tmp_path, objectives={"fairness": tight}))
