@@ -259,8 +259,8 @@ def _entry(one: FoundJudge, load: Load, *, times: int) -> dict[str, Any]:
 
 
 def _totals(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Over the whole run. Endpoints work side by side, and judges at one endpoint share what it allows: of each step and
-    each evaluation the slowest endpoint counts."""
+    """Over the whole run. Endpoints work side by side, and judges at one endpoint share what it allows: of each step
+    and each evaluation the slowest endpoint counts."""
 
     def total(key: str) -> float:
         return math.fsum(entry[key] * entry["times"] for entry in entries)

@@ -107,9 +107,11 @@ def _times(
     rounds = calls / most_in_flight(config, endpoint)
     times = {"concurrency": (math.ceil(rounds) * latency_s, rounds * latency_s)}
     if endpoint.requests_per_minute:
-        times["requests_per_minute"] = (calls / endpoint.requests_per_minute * 60,) * 2
+        seconds = calls / endpoint.requests_per_minute * 60
+        times["requests_per_minute"] = (seconds, seconds)
     if endpoint.tokens_per_minute:
-        times["tokens_per_minute"] = (tokens / endpoint.tokens_per_minute * 60,) * 2
+        seconds = tokens / endpoint.tokens_per_minute * 60
+        times["tokens_per_minute"] = (seconds, seconds)
     return times
 
 
