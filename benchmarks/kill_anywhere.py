@@ -12,13 +12,15 @@ figure of metrics.jsonl but times and memory and the judge's own counts, complet
 how often each question was asked. What lies on the disk after a kill must fit the phase that the process was in.
 
 Each kill has a seed of its own, written to the JSON file; `--seed` draws others. `--full` trains all weights. `--quick`
-takes 8 kills and one for each phase. Exits 1 where a run was not resumed, differs, or bought more than was in flight.
+takes 8 kills and one for each phase. `--limit-s` takes it in parts. Exits 1 where a run was not resumed,
+differs, or bought more than was in flight, or where something is left to do.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -36,7 +38,6 @@ from kill_harness.campaign import (
     JUDGE_DELAY_S,
     PHASES,
     Campaign,
-    Kill,
     Outcome,
     at_any_time,
     in_phase,
@@ -58,11 +59,19 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="at any time (default: %(default)s)")
     parser.add_argument("--in-phase", type=int, default=10, help="at least so many in each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="draws the kills (default: %(default)s)")
+    parser.add_argument(
+        "--limit-s",
+        type=float,
+        default=math.inf,
+        help="stop after so long; the same command goes on from its JSON file",
+    )
     parser.add_argument("--full", action="store_true", help="train all weights instead of an adapter")
     options = parser.parse_args()
     if options.quick:
         options.kills, options.in_phase = 8, 1
     begun = time.monotonic()
+    before = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    records: list[dict[str, Any]] = before.get("runs", [])
     with tempfile.TemporaryDirectory() as name, serve_counting(delay_s=JUDGE_DELAY_S) as judge, Nursery() as nursery:
         folder = Path(name)
         (folder / "model").mkdir()
@@ -72,9 +81,10 @@ def main() -> int:
         )
         noise = campaign.warm_up()
         print(f"two undisturbed runs: {noise or 'no difference'}; {campaign.undisturbed.seconds:.1f} s", flush=True)
-        records = kill_all(campaign, options)
-    met = Counter(death["phase"] for record in records for death in record["deaths"])
-    problems = [f"undisturbed: {one}" for one in noise]
+        is_done = kill_all(campaign, options, records, until=begun + options.limit_s)
+    met = num_met(records)
+    problems = [] if is_done else ["stopped at --limit-s; the same command goes on"]
+    problems += [f"undisturbed: {one}" for one in noise]
     problems += [f"seed {record['seed']}: {one}" for record in records for one in record["problems"]]
     problems += [f"only {met[phase]} kills met {phase}" for phase in PHASES if met[phase] < options.in_phase]
     print(table(records))
@@ -84,7 +94,7 @@ def main() -> int:
             "command": " ".join(sys.argv),
             "machine": f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}",
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")},
-            "seconds": round(time.monotonic() - begun, 1),
+            "seconds": round(time.monotonic() - begun + before.get("seconds", 0.0), 1),
             "undisturbed_s": round(campaign.undisturbed.seconds, 2),
             "questions": campaign.undisturbed.asked.total(),
             "concurrency": CONCURRENCY,
@@ -95,35 +105,47 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def kill_all(campaign: Campaign, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """First at any time, then in the phases that have not had enough."""
-    records: list[dict[str, Any]] = []
-    met: Counter[str] = Counter()
+def kill_all(campaign: Campaign, options: argparse.Namespace, records: list[dict[str, Any]], *, until: float) -> bool:
+    """First at any time, then in the phases that have not had enough; adds to the records.
 
-    def run(seed: str, aim: str, first: Kill, draw: random.Random) -> None:
-        again = [at_any_time(draw, campaign.undisturbed)] if draw.random() < 0.5 else []
+    Args: until: on the monotonic clock, when to stop.
+    Returns: whether all is done.
+    """
+
+    def has_time() -> bool:
+        return time.monotonic() < until
+
+    def run(seed: str, aim: str) -> None:
+        draw = random.Random(seed)
+        undisturbed = campaign.undisturbed
+        first = at_any_time(draw, undisturbed) if aim == "any time" else in_phase(draw, aim, undisturbed)
+        again = [at_any_time(draw, undisturbed)] if draw.random() < 0.5 else []
         outcome = campaign.survive([first, *again])
-        met.update(death.phase for death in outcome.deaths)
         records.append(record_of(seed, aim, outcome))
         if outcome.problems:
             print(f"seed {seed}: {outcome.problems}", flush=True)
 
-    def at_time() -> int:
-        deaths = [death for record in records for death in record["deaths"]]
-        return sum(death["kill"]["kind"] == "time" and death["phase"] != "done" for death in deaths)
+    def tried(aim: str) -> int:
+        return sum(record["aim"] == aim for record in records)
 
-    while at_time() < options.kills:
-        seed = f"{options.seed}-time-{len(records)}"
-        draw = random.Random(seed)
-        run(seed, "any time", at_any_time(draw, campaign.undisturbed), draw)
+    while num_at_any_time(records) < options.kills and has_time():
+        run(f"{options.seed}-time-{tried('any time')}", "any time")
     for phase in PHASES:
-        for number in range(MAX_TRIES * options.in_phase):
-            if met[phase] >= options.in_phase:
-                break
-            seed = f"{options.seed}-{phase}-{number}"
-            draw = random.Random(seed)
-            run(seed, phase, in_phase(draw, phase, campaign.undisturbed), draw)
-    return records
+        while num_met(records)[phase] < options.in_phase and tried(phase) < MAX_TRIES * options.in_phase and has_time():
+            run(f"{options.seed}-{phase}-{tried(phase)}", phase)
+    return has_time()
+
+
+def num_at_any_time(records: list[dict[str, Any]]) -> int:
+    """Kills drawn over the wall time that met a living process."""
+    deaths = [death for record in records for death in record["deaths"]]
+    return sum(death["kill"]["kind"] == "time" and death["phase"] != "done" for death in deaths)
+
+
+def num_met(records: list[dict[str, Any]]) -> Counter[str]:
+    """Phase -> processes that died in it, and whose disk agrees."""
+    deaths = [death for record in records for death in record["deaths"]]
+    return Counter(death["phase"] for death in deaths if not death["contradiction"])
 
 
 def record_of(seed: str, aim: str, outcome: Outcome) -> dict[str, Any]:

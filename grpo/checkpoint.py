@@ -66,6 +66,7 @@ def save_checkpoint(
     step: int,
     keep: int,
     state: RunState | None = None,
+    expected_bytes: int | None = None,
     announce: Announce = silent,
 ) -> Checkpoint:
     """Write checkpoints/step-N, read it back, then drop all but the newest `keep`.
@@ -73,6 +74,8 @@ def save_checkpoint(
     Later ones are dropped too: a run that goes on from an earlier step has found them damaged. Only one process may
     save into a run directory.
 
+    Args:
+        expected_bytes: what it will take; said where the disk has no room for it.
     Raises:
         StorageError: it could not be written, or is not on the disk what was written; what was there is still there.
     """
@@ -81,7 +84,12 @@ def save_checkpoint(
     parent = run_dir / "checkpoints"
     remove_leftovers(parent)
     final = parent / f"step-{step}"
-    with new_folder(final, format_version=FORMAT_VERSION, before_rename=lambda: announce("rename")) as folder:
+    with new_folder(
+        final,
+        format_version=FORMAT_VERSION,
+        before_rename=lambda: announce("rename"),
+        needed_bytes=expected_bytes,
+    ) as folder:
         _write(folder, updater, step, state)
     announce("rotation")
     problem = folder_damage(final, format_version=FORMAT_VERSION)

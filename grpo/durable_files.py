@@ -145,7 +145,13 @@ def cut_last_lines(path: Path, is_kept: Callable[[bytes], bool], *, only_half_li
 
 
 @contextmanager
-def new_folder(final: Path, *, format_version: int, before_rename: Callable[[], None] = lambda: None) -> Iterator[Path]:
+def new_folder(
+    final: Path,
+    *,
+    format_version: int,
+    before_rename: Callable[[], None] = lambda: None,
+    needed_bytes: int | None = None,
+) -> Iterator[Path]:
     """A folder that appears under its name only when it is whole: `with new_folder(path) as temporary: ...`.
 
     What the block wrote into the temporary folder is synced file by file, then the manifest is written and synced, then
@@ -154,12 +160,13 @@ def new_folder(final: Path, *, format_version: int, before_rename: Callable[[], 
     Args:
         format_version: of the files, written into the manifest.
         before_rename: called when everything is on the disk under the temporary name.
+        needed_bytes: what the folder will take, for the message where the disk has no room for it.
     Raises:
         StorageError: something could not be written; nothing is under the name that was not there before.
     """
     parent = final.parent
     temporary = parent / f".{final.name}-{uuid.uuid4().hex}"
-    with storage_errors(final):
+    with storage_errors(final, needed_bytes=needed_bytes):
         os.makedirs(parent, exist_ok=True)
         os.mkdir(temporary)
         try:

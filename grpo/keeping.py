@@ -129,7 +129,13 @@ class Keeper:
         one = bytes_of(last) if last else self._expected_bytes(parts)
         check_room(path, checkpoint_bytes=one, count=1)
         checkpoint = save_checkpoint(
-            path, parts.updater, step=step, keep=config.checkpoint.keep, state=state, announce=self._announce
+            path,
+            parts.updater,
+            step=step,
+            keep=config.checkpoint.keep,
+            state=state,
+            expected_bytes=one,
+            announce=self._announce,
         )
         # from the oldest that is kept: it may have to stand in for a newer one that turns out damaged
         self.journal.forget_through(list_checkpoints(path)[0].step)
