@@ -19,6 +19,9 @@ def doctor(
     overrides: Overrides = None,
     judges: Annotated[bool, typer.Option(help="Probe each judge, with a dozen calls that may cost money.")] = True,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that are going to be launched.")] = 1,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="RECIPE is a run directory: show its memory by phase until the run ends.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the findings to this file.")] = None,
 ) -> None:
     """Find what is wrong with this machine, and with a recipe on it, in seconds. Trains nothing, reads no weights."""
@@ -29,6 +32,9 @@ def doctor(
     from grpo.runtime.machine import ThisMachine
 
     check_writable("--json", json_file)
+    if watch:
+        _watch(recipe, json_file)
+        return
     config = load_recipe(recipe_of(recipe), overrides or []) if recipe is not None else None
     findings = examine(ThisMachine(), config, asks_judges=judges, ranks=ranks, working_dir=Path.cwd())
     if json_file is not None:
@@ -36,3 +42,21 @@ def doctor(
     show_findings(findings, title=f"Doctor: {recipe or 'this machine'}")
     if worst_status(findings) == "failed":
         raise typer.Exit(1)
+
+
+def _watch(run: str | None, json_file: Path | None) -> None:
+    from dataclasses import asdict
+
+    from grpo.diagnostics.watch import watch
+    from grpo.diagnostics.watch_display import WatchDisplay
+    from grpo.errors import ConfigError
+    from grpo.runtime.machine import ThisMachine
+
+    if run is None or not Path(run).expanduser().is_dir():
+        raise ConfigError("--watch needs the directory of a run that is going on: grpo doctor --watch runs/mine")
+    last = None
+    with WatchDisplay(ThisMachine().facts()) as display:
+        for last in watch(Path(run).expanduser().absolute()):
+            display.show(last)
+    if json_file is not None and last is not None:
+        json_file.write_text(json.dumps(asdict(last), indent=1) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ Knows files; knows nothing of models. Every line is on the disk when its step en
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from grpo.config import RunConfig
 from grpo.durable_files import append_lines, cut_last_lines, write_atomically
 from grpo.errors import ConfigError, StorageError
 from grpo.metrics import append_metrics, is_json_object, iter_json_lines, read_metrics
+from grpo.phases import Phase
 from grpo.recipe_loader import dump_config, load_run_config
 from grpo.run_lock import RunLock
 
@@ -125,6 +127,16 @@ class RunDirectory:
         lines = [json.dumps(completion, allow_nan=False).encode() for completion in completions]
         append_lines(self.path / "completions.jsonl", lines)
         append_metrics(self.path / "metrics.jsonl", row)
+
+    def note_phase(self, phase: Phase) -> None:
+        """Leave what the run is doing where another process can see it (`grpo doctor --watch`); not durable."""
+        with contextlib.suppress(OSError):  # a full disk ends the run where something of it would be lost, not here
+            (self.path / ".phase").write_text(phase, encoding="ascii")
+
+    def phase(self) -> str:
+        """What the run was doing when it last said so; "" where it never did."""
+        path = self.path / ".phase"
+        return path.read_text(encoding="ascii") if path.exists() else ""
 
     def write_eval(self, evaluation: Mapping[str, Any]) -> None:
         """Write eval.json. Raises StorageError."""

@@ -52,6 +52,18 @@ def this_process() -> Owner:
     return Owner(host=socket.gethostname(), pid=os.getpid(), started=_start_of(os.getpid()))
 
 
+def owner_of(folder: Path) -> Owner | None:
+    """Who holds a run directory, or held it when it was killed; None where nobody does, or nobody can be named."""
+    try:
+        file = os.open(folder / ".lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return _owner_in(file)
+    finally:
+        os.close(file)
+
+
 class RunLock:
     """Owns the lock of one folder: `take`, then `release`; the process's end releases it too."""
 

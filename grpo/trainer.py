@@ -23,7 +23,7 @@ from grpo.config import RunConfig, WarmupConfig
 from grpo.errors import RunStopped, StorageError, TooAlarming
 from grpo.evaluate import Answer, bias_of, compare, evaluate, examples, summarise
 from grpo.keeping import Keeper
-from grpo.phases import Announce, silent
+from grpo.phases import Announce, Phase, silent
 from grpo.preflight import RunParts, open_run
 from grpo.rollout.canary import check_engine_follows
 from grpo.run_directory import RunDirectory
@@ -93,8 +93,8 @@ class Trainer:
         self._observer = observer if self._ranks.is_main else None
         self._own_trackers = trackers
         self._directory = RunDirectory(config.output_dir)
-        self._announce = announce
-        self._keeper = Keeper(config, self._directory, self._ranks, announce=announce)
+        self._told = announce
+        self._keeper = Keeper(config, self._directory, self._ranks, announce=self._announce)
         self._parts: RunParts | None = None
         self._stuck: set[str] = set()
         self._gate = StepGate(config, self._ranks)
@@ -217,6 +217,11 @@ class Trainer:
         seconds = self.config.scoring.wait_s
         self._note(f"too few verdicts; asking again for those that are missing in {seconds:g} s")
         return not self._interrupted.wait(seconds)
+
+    def _announce(self, phase: Phase) -> None:
+        if self._ranks.is_main:
+            self._directory.note_phase(phase)
+        self._told(phase)
 
     def _begin(self, *name: str | int) -> None:
         """Begin what has this name: its part of the journal, its random draws."""
