@@ -33,7 +33,7 @@ from grpo.rollout.vllm_fleet import Fleet, Reply
 from grpo.rollout.vllm_law import check_law, extra_arguments, native_arguments
 from grpo.rollout.vllm_loop import LoopThread
 from grpo.rollout.vllm_sync import Deadline, Sync, adapter_of, choose_sync
-from grpo.rollout.vllm_take import ADAPTER_NAME
+from grpo.rollout.vllm_take import ADAPTER_NAME, OtherBaseModel
 from grpo.rollout.vllm_transfer import transfer_folder, write_transfer
 from grpo.runtime.distributed import Ranks
 from grpo.runtime.policy import Policy
@@ -83,7 +83,7 @@ class VllmServerEngine:
         self._loop = LoopThread()
         try:
             ranks.together(lambda: self._open(policy, params, longest_prompt))
-            self.load_weights(policy)
+            self._send_first(policy)
             ranks.together(lambda: self._probe(params))
         except BaseException:
             self.close()
@@ -160,6 +160,13 @@ class VllmServerEngine:
         self._dtype: torch.dtype = policy.compute_dtype
         self._max_model_len = min(fact.max_model_len for fact in facts)
         self._check_room(longest_prompt, params)
+
+    def _send_first(self, policy: Policy) -> None:
+        """Raises ConfigError where an adapter finds another model than the recipe's; else as `load_weights`."""
+        try:
+            self.load_weights(policy)
+        except OtherBaseModel as exc:
+            raise ConfigError(f"{exc} Start it with the recipe's model, or set rollout.engine.sync to merged.") from exc
 
     def _chosen_sync(self, policy: Policy, facts: Sequence[ServerFacts]) -> Sync:
         if policy.trains_all_weights:

@@ -20,11 +20,16 @@ RESUME_TIMEOUT_S = 5.0
 """For a server that failed, to go on for others."""
 
 
+class OtherBaseModel(EngineError):
+    """The adapter belongs to another model than the one that the server holds."""
+
+
 async def take(server: Server, transfer: Transfer, deadline: Deadline) -> None:
     """Give the server the weights, see that it has them, and have it drop what it computed with the old.
 
     Raises:
         NoAnswer: it cannot be reached.
+        OtherBaseModel: an adapter would be added to other weights than the trainer's.
         EngineError: it did not take them, or not in time; it may be left paused, which the next sync does not mind.
     """
     await _phase(server, deadline, "pause", server.exchange("POST", "/pause?mode=wait&clear_cache=false", limit_s=None))
@@ -81,15 +86,15 @@ async def _phase(server: Server, deadline: Deadline, what: str, answer: Awaitabl
 
 
 async def _check_base(server: Server, transfer: Transfer) -> None:
-    """Raises EngineError where the adapter would be added to another model than the trainer's."""
+    """Raises OtherBaseModel where the adapter would be added to another model than the trainer's."""
     try:
         answers = await server.rpc("grpo_check_base_file", {"path": str(transfer.base_path)}, limit_s=None)
     except Refused as exc:
-        raise EngineError(f"{server.url} does not hold the weights of the recipe's model: {exc}") from exc
+        raise OtherBaseModel(f"{server.url} does not hold the weights of the recipe's model: {exc}") from exc
     if any(not str(each).isdigit() or int(each) == 0 for each in answers):
-        raise EngineError(
+        raise OtherBaseModel(
             f"{server.url} could not compare its base model with the recipe's ({server.quoted(answers)}): an adapter "
-            "might be added to other weights. Set rollout.engine.sync to merged."
+            "might be added to other weights."
         )
 
 

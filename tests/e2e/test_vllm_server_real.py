@@ -247,7 +247,7 @@ def test_an_adapter_for_another_base_model_is_refused(
     other = make_policy(smollm_dir)
     with torch.no_grad():
         next(p for name, p in other.causal_lm.named_parameters() if name.endswith("base_layer.weight")).mul_(1.01)
-    with pytest.raises(EngineError, match=r"does not hold the weights of the recipe's model.*self_attn"):
+    with pytest.raises(ConfigError, match=r"does not hold the weights of the recipe's model.*self_attn"):
         open_engine(adapter_server, other, tokenizer, sync="adapter")
 
 

@@ -118,10 +118,10 @@ def test_one_of_two_servers_that_does_not_fit_is_named(pair: tuple[VllmDouble, V
 
 def test_an_adapter_for_another_base_model_is_refused(server: VllmDouble, open_engine: Open) -> None:
     server.instead["grpo_check_base_file"] = says(500, {"error": "the engine's o_proj is not what was sent"})
-    with pytest.raises(EngineError, match=r"does not hold the weights of the recipe's model.*o_proj"):
+    with pytest.raises(ConfigError, match=r"does not hold the weights of the recipe's model.*o_proj"):
         open_engine(server, sync="adapter")
     server.instead["grpo_check_base_file"] = says(200, {"results": ["0"]})
-    with pytest.raises(EngineError, match="could not compare its base model"):
+    with pytest.raises(ConfigError, match="could not compare its base model"):
         open_engine(server, sync="adapter")
 
 
