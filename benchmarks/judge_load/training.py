@@ -69,13 +69,12 @@ def measure_training(training: Training) -> dict[str, Any]:
 @contextmanager
 def _demo_judge(delay_s: float) -> Iterator[str]:
     command = [sys.executable, "-m", "judges.demo_server", "--port", "0", "--delay-s", str(delay_s)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
         if not url:
             raise RuntimeError("the demo judge did not start")
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
+        try:
+            yield url
+        finally:
+            process.terminate()

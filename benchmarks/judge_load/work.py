@@ -148,16 +148,15 @@ def serving(load: Load, *, fault_rate: float = 0.0, slots: int = 0) -> Iterator[
     command = [sys.executable, str(Path(__file__).with_name("server.py")), "--seed", str(SEED)]
     command += ["--low-s", str(load.low_s), "--high-s", str(load.high_s)]
     command += ["--fault-rate", str(fault_rate), "--slots", str(slots)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
         if not url:
             raise RuntimeError("the measured judge did not start")
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
+        try:
+            yield url
+        finally:
+            process.terminate()
 
 
 def read_log(url: str) -> dict[str, list[str]]:
