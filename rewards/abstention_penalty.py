@@ -6,6 +6,8 @@ tell the two apart; from then on it samples no answer that could be rewarded. Th
 
 from __future__ import annotations
 
+import asyncio
+
 from rewards.abstention import is_abstention
 from rewards.config import StrictModel
 from rewards.types import RewardInput, Score
@@ -16,7 +18,7 @@ class AbstentionPenalty(StrictModel):
 
     async def score(self, inputs: list[RewardInput]) -> list[Score]:
         """One Score per completion; missing where the prompt has no reference."""
-        return [_score_one(one) for one in inputs]
+        return await asyncio.to_thread(lambda: [_score_one(one) for one in inputs])
 
 
 def _score_one(one: RewardInput) -> Score:

@@ -7,6 +7,7 @@ letter in place of the text.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,8 +21,9 @@ from rewards.types import RewardInput, Score
 
 # A letter is an answer where nothing else is said, or where it is marked as one; "A" is an article as well.
 _LETTER = re.compile(
-    r"^\W*(?:\\boxed\W*)?([A-Z])\W*$"  # "B", "(B)", "**B**", "\boxed{B}"
-    r"|^\W*([A-Z])\W*[).:]\s"  # "B) Anna", "B. Anna"
+    # never across lines: from each of many empty lines a search would run to their end
+    r"^[^\w\n]*(?:\\boxed[^\w\n]*)?([A-Z])[^\w\n]*$"  # "B", "(B)", "**B**", "\boxed{B}"
+    r"|^[^\w\n]*([A-Z])[^\w\n]*[).:]\s"  # "B) Anna", "B. Anna"
     r"|\(([A-Z])\)"
     r"|\\boxed\{\W*(?:\\text\{)?([A-Z])\W*\}"
     r"|\b(?i:answer|option|choice)(?:\s+(?i:is|would be))?\s*:?\s*[*(]*([A-Z])\b(?!')(?![ ]+[a-z])",
@@ -38,7 +40,7 @@ class Choice(ReadsAnswer):
 
     async def score(self, inputs: list[RewardInput]) -> list[Score]:
         """One Score per completion; missing where the prompt has no reference among its choices."""
-        return [self._score_one(one) for one in inputs]
+        return await asyncio.to_thread(lambda: [self._score_one(one) for one in inputs])
 
     def _score_one(self, one: RewardInput) -> Score:
         answer = self.answer_in(one.completion)

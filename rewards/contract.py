@@ -17,7 +17,16 @@ from rewards.types import RewardInput, Score
 RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 1e-4, 1e-6
 """How far two scores of one completion may lie apart: a model's logits hang on the batch a little."""
 
-HOSTILE_COMPLETIONS = (*HOSTILE, "(" * 5_000, "9" * 10_000, r"\boxed{" * 50, "</think></answer><answer>", "NaN", "-0")
+HOSTILE_COMPLETIONS = (
+    *HOSTILE,
+    "\n" * 20_000,
+    "(" * 5_000,
+    "9" * 10_000,
+    r"\boxed{" * 50,
+    "</think></answer><answer>",
+    "NaN",
+    "-0",
+)
 
 
 class Findings:

@@ -7,6 +7,7 @@ present, lists other spellings of the right answer.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,7 +42,7 @@ class Grounding(ReadsAnswer):
 
     async def score(self, inputs: list[RewardInput]) -> list[Score]:
         """One Score per completion; missing where the prompt has no reference."""
-        return [self._score_one(one) for one in inputs]
+        return await asyncio.to_thread(lambda: [self._score_one(one) for one in inputs])
 
     def _score_one(self, one: RewardInput) -> Score:
         if one.reference is None or not one.reference.strip():

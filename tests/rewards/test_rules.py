@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from pydantic import ValidationError
 
 from rewards import RewardInput, Score
 from rewards.abstention import is_abstention
@@ -220,6 +221,22 @@ def test_exact_match_can_mind_case_and_punctuation():
 def test_length_falls_linearly_from_target_to_limit(num_tokens, value):
     answer = score(Length(target_tokens=10, limit_tokens=20), "text", num_tokens=num_tokens)
     assert answer.value == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "value"),
+    [(0, -1.0), (1, -0.75), (3, -0.25), (4, 0.0), (10, 0.0), (15, -0.5)],  # minimum 4: a quarter a token
+)
+def test_a_length_below_the_minimum_costs_as_one_above_the_target_does(num_tokens, value):
+    text = "text" if num_tokens else ""
+    answer = score(Length(min_tokens=4, target_tokens=10, limit_tokens=20), text, num_tokens=num_tokens)
+    assert answer.value == pytest.approx(value)
+    assert answer.reason == f"{num_tokens} tokens, at least 4, target 10"
+
+
+def test_a_minimum_above_the_target_is_refused():
+    with pytest.raises(ValidationError, match=r"min_tokens \(11\) must not be above target_tokens \(10\)"):
+        Length(min_tokens=11, target_tokens=10, limit_tokens=20)
 
 
 def test_length_unknown_is_missing_not_zero():

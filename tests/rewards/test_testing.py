@@ -71,7 +71,7 @@ def test_a_reward_that_compares_the_groups_completions_passes() -> None:
 
 BUILT_IN: dict[str, tuple[dict[str, Any], list[RewardInput] | None, tuple[float, float]]] = {
     "abstention_penalty": ({}, None, (-1, 0)),
-    "choice": ({}, None, (0, 1)),
+    "choice": ({"letters": True}, None, (0, 1)),
     "code_tests": ({}, group_of("print(2)", "print(3)", reference='[{"input": "", "output": "2"}]'), (0, 1)),
     "exact_match": ({}, None, (0, 1)),
     "format": ({"pattern": "(?s).*A.*", "tags": ["answer"]}, None, (0, 1)),
@@ -81,11 +81,11 @@ BUILT_IN: dict[str, tuple[dict[str, Any], list[RewardInput] | None, tuple[float,
     "regions": ({}, group_of("[0,0,2,2]", "[0,0,1,2]", reference="[0,0,2,2]"), (0, 1)),
 }
 
+SLOW = ("math_answer", "code_tests")
 
-# math_answer takes up its time limit over one of the hostile texts
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "math_answer")) for name in BUILT_IN]
-)
+
+# math_answer takes up its time limit over one of the hostile texts, code_tests starts a sandbox for each
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in BUILT_IN])
 def test_the_built_in_rules_keep_it(name: str) -> None:
     params, group, (low, high) = BUILT_IN[name]
     check_reward(RewardSpec(name=name, params=params), group=group, low=low, high=high)
@@ -125,7 +125,7 @@ def test_a_wrong_number_of_scores_is_found(reward: Any, words: str) -> None:
 def test_scores_that_depend_on_the_order_are_found() -> None:
     async def as_completed(inputs: list[RewardInput]) -> list[float]:
         async def one_score(one: RewardInput) -> float:
-            for _ in range(len(one.completion)):
+            for _ in range(len(one.completion[:50])):
                 await asyncio.sleep(0)
             return float(len(one.completion))
 
