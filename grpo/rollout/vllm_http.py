@@ -6,6 +6,7 @@ The one home of httpx in `grpo`. Knows nothing of sampling or weights.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import ssl
@@ -62,7 +63,7 @@ class ServerClient:
             headers=headers,
             trust_env=False,
             follow_redirects=False,
-            verify=ssl.create_default_context(),  # the system's certificates, a cluster's own among them
+            verify=_certificates(),
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=None, keepalive_expiry=IDLE_CONNECTION_S),
         )
@@ -176,6 +177,12 @@ class Server:
             raise
         except NoAnswer:
             return await self._client.ask(method, self.url + path, body)
+
+
+@functools.cache  # reading them takes 20 ms
+def _certificates() -> ssl.SSLContext:
+    """Those that the system trusts, a cluster's own among them."""
+    return ssl.create_default_context()
 
 
 def _api_key(config: VllmServerConfig) -> str | None:
