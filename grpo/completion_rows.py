@@ -1,7 +1,7 @@
 """A file of completions -> its rows, and the groups in which rewards see them. Imports no torch.
 
-Comes in: JSON lines or CSV. Goes out: the rows as they were written, and one RolloutGroup for the rows that belong
-together. Knows nothing of rewards.
+Comes in: JSON lines, a JSON list or CSV. Goes out: the rows as they were written, and one RolloutGroup for the rows
+that belong together. Knows nothing of rewards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo.errors import DatasetError
+from grpo.errors import DatasetError, InputError
 from grpo.metrics import iter_json_lines
 from grpo.types import Completion, Message, Prompt, RolloutGroup
 
@@ -31,7 +31,7 @@ def read_completions(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: it cannot be read, is damaged, or holds no row.
     """
-    rows = _read_csv(path) if path.suffix.lower() == ".csv" else list(iter_json_lines(path))
+    rows = _read_csv(path) if path.suffix.lower() == ".csv" else _read_json_list(path) or _read_json_lines(path)
     if not rows:
         raise DatasetError(f"{path} holds no completion. {_FORM}.")
     return rows
@@ -85,6 +85,24 @@ def prompt_key(row: Mapping[str, Any]) -> str:
 def kind_of(row: Mapping[str, Any]) -> str:
     """The kind of prompt, by which means are shown."""
     return str(row.get("kind") or _meta(row).get("kind") or "all")
+
+
+def _read_json_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return list(iter_json_lines(path))
+    except InputError as exc:
+        raise DatasetError(f"{exc} A file of comma-separated values has a name that ends in .csv.") from exc
+
+
+def _read_json_list(path: Path) -> list[dict[str, Any]] | None:
+    """The rows of a file that is one JSON list of objects, as .json files often are; None for any other."""
+    if path.suffix.lower() != ".json":
+        return None
+    try:
+        rows = json.loads(path.read_bytes(), parse_constant=lambda _: None)  # NaN is missing
+    except (OSError, ValueError):
+        return None  # JSON lines, or what is complained of as such
+    return rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else None
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:

@@ -93,7 +93,8 @@ def test_verdicts_that_are_missing_stay_missing_and_too_many_of_them_are_a_failu
             "rows 1 and 2 have one prompt_id, '1', but different values in column 'prompt'",
         ),
         ('{"prompt": "x", "completion": "y", "objectives": ["other"]}\n', "the recipe has ['long', 'short']"),
-        ("nonsense\n", "line 1"),
+        ("prompt,completion\nWho?,Anna\n", "line 1: Expecting value"),
+        ("nonsense\n", "A file of comma-separated values has a name that ends in .csv."),
     ],
 )
 def test_a_file_that_cannot_be_scored_is_bad_input(runs: Runs, text: str, words: str) -> None:
@@ -156,6 +157,15 @@ def test_a_recipe_of_objectives_alone_scores_a_csv_as_a_spreadsheet_saves_it(run
     rows = ["prompt,completion,reference", 'Who?,"Anna.",Anna', "Who?,,Anna", '"Who, and when?","Ben\n",Anna']
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode())
     assert score_by_objectives(runs, RIGHT, file) == [1.0, 0.0, 0.0]
+
+
+def test_a_json_list_is_scored_as_json_lines_are(runs: Runs) -> None:
+    rows = [{"prompt": "Who?", "completion": text, "reference": "Anna"} for text in ("Ben", "Anna")]
+    file = runs.folder / "own.json"
+    file.write_text(json.dumps(rows, indent=1))
+    assert score_by_objectives(runs, RIGHT, file) == [0.0, 1.0]
+    write_rows(file, rows)  # HaluEval's .json files are JSON lines
+    assert score_by_objectives(runs, RIGHT, file) == [0.0, 1.0]
 
 
 def test_what_training_needs_is_still_asked_for_by_training(runs: Runs) -> None:
