@@ -339,7 +339,7 @@ def test_each_error_of_an_endpoint_is_of_a_kind_that_says_what_to_do(
     ],
 )
 def test_an_answer_that_is_no_whole_http_may_come_whole_at_the_next_try(broken: Answer) -> None:
-    answer, _ = complete(broken, timeout_s=5.0)
+    answer, _ = complete(broken, timeout_s=30.0)  # a busy machine needs seconds for 200,000 chunks
     assert type(answer) is JudgeUnavailable
 
 
