@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 import sys
 import warnings
@@ -14,6 +15,7 @@ from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from judges.demo_server import serve
 from rewards import RewardContext, RewardInput, RewardSpec, Score, build_reward, close_reward, score_group
 from rewards.trl_bridge import as_trl_reward
 
@@ -126,6 +128,21 @@ def test_a_completion_that_our_reward_leaves_missing_moves_no_advantage_in_trl(
             # the group's mean and deviation are those of the scored completions alone
             expected = 0.0 if value is None else (value - statistics.mean(own)) / (spread + 1e-4)
             assert advantage == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_judge_of_ours_scores_in_trls_trainer_and_writes_its_audit(tiny_model_dir: Path, tmp_path: Path) -> None:
+    audit = tmp_path / "audit.jsonl"
+    with serve() as server:
+        params = {"endpoint": {"url": server.url, "model": "demo-judge"}, "rubric": "fairness"}
+        with as_trl_reward("judged", params=params, audit_path=audit, reference_column="answer") as function:
+            trainer = train(tiny_model_dir, tmp_path, [function], answer=["word", "3", "Reynard", "it"])
+    records = [json.loads(line) for line in audit.read_text().splitlines()]
+    assert len(records) == 2 * 2 * GROUP_SIZE  # one for every completion of both steps
+    logged = [entry["rewards/judged/mean"] for entry in trainer.state.log_history if "rewards/judged/mean" in entry]
+    for step, mean in enumerate(logged, start=1):
+        own = [one["value"] for one in records if one["step"] == step and one["outcome"] == "scored"]
+        assert mean == pytest.approx(statistics.mean(own))
+    assert len(logged) == 2
 
 
 MADE_FOR_TRL = '''
