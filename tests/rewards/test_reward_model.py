@@ -218,3 +218,22 @@ def test_half_a_surrogate_pair_costs_its_own_score_only(tmp_path: Path, tiny_mod
     good, broken = scores(reward, ["Paris.", "half of a pair: \ud800"])
     assert good.value is not None
     assert (broken.value, broken.reason) == (None, "the text is no valid Unicode (a surrogate without its pair)")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
+@pytest.mark.parametrize("device", ["cuda:1", "no_such_device"])
+def test_a_device_that_is_not_there_is_named_before_the_run(tmp_path: Path, tiny_model_dir: Path, device: str) -> None:
+    folder = save_classifier(tmp_path, tiny_model_dir)
+    reward = RewardModel(RewardModelConfig(model=str(folder), device=device))
+    with pytest.raises(RewardUnavailable, match=f"cannot be loaded as a sequence classifier on {device}"):
+        asyncio.run(reward.check())
+
+
+def test_it_has_a_number_format_of_its_own(tmp_path: Path, tiny_model_dir: Path) -> None:
+    folder = save_classifier(tmp_path, tiny_model_dir)
+    whole, half = (
+        [score.value for score in scores(RewardModel(RewardModelConfig(model=str(folder), device="cpu", dtype=dtype)))]
+        for dtype in ("float32", "bfloat16")
+    )
+    assert whole != half
+    assert half == pytest.approx(whole, abs=0.1)  # eight bits of mantissa
