@@ -55,6 +55,17 @@ def test_each_step_gets_what_was_counted_since_the_last() -> None:
     assert second["judge/failed/timeout"] == 0
 
 
+def test_an_opening_of_the_breaker_that_two_rewards_share_is_one_and_another_endpoints_another() -> None:
+    def opened(*lanes: LaneStats) -> float:
+        judges = [Judge(PoolStats(lanes=(lane,), outcomes={}, counts={})) for lane in lanes]
+        return JudgeFigures().take(judges)["judge/breaker_opened"]
+
+    again = replace(LANE, breaker_events=(*LANE.breaker_events, (9.0, "open")))
+    assert opened(LANE, LANE) == 1
+    assert opened(again, again) == 2
+    assert opened(LANE, replace(LANE, endpoint="b")) == 2
+
+
 def test_without_judges_there_are_no_figures() -> None:
     assert JudgeFigures().take([object(), Judge(None)]) == {}
 
