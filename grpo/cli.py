@@ -15,6 +15,7 @@ import typer
 from grpo.command_arguments import Overrides, check_writable, recipe_of
 from grpo.doctor_command import doctor
 from grpo.judge_commands import judge
+from grpo.memory_commands import bench, plan
 from grpo.verify_command import verify
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 
 app.add_typer(judge, name="judge")
+app.add_typer(bench, name="bench")
 app.command()(doctor)
 app.command()(verify)
 
@@ -146,6 +148,9 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> Non
     from grpo.diagnostics.report import write_report
 
     typer.echo(str(write_report(run.expanduser().absolute())))
+
+
+app.command()(plan)
 
 
 def _output_dir_of(name: str, *, resume: bool) -> list[str]:

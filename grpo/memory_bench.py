@@ -1,0 +1,150 @@
+"""Memory cases -> measured peaks beside the plan's. Starts a process for each; imports no torch itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from grpo.errors import RunStopped
+from grpo.memory_cases import MemoryCase
+from grpo.recipe_loader import parse_recipe
+from grpo.runtime.memory import Hardware, MemoryPlan, plan
+from grpo.runtime.memory_model import shape_of
+
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""glibc hands memory back as soon as it is free: what is resident is what is in use. Its defaults keep some of it."""
+STAGES_OF = {
+    "load": ("load", "engine"),
+    "sampling": ("sampling",),
+    "reference": ("reference",),
+    "update": ("update",),
+    "sync": ("sync",),
+    "checkpoint": ("checkpoint",),
+}
+"""Phase of the plan -> stages that are measured."""
+UNBOUNDED = 2**50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One case, measured and predicted, in bytes."""
+
+    case: MemoryCase
+    peaks: Mapping[str, int]
+    """Phase -> measured peak above the process without a model: of the device, or of the process on a CPU."""
+    host_peaks: Mapping[str, int]
+    """The same of the process."""
+    predicted: Mapping[str, int]
+    """Phase -> the plan's."""
+    tokens_per_s: Mapping[str, float]
+    """Stage -> completion tokens a second."""
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.peaks.values())
+
+    @property
+    def predicted_bytes(self) -> int:
+        return max(self.predicted.values())
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, as a share of what was measured; above 0 it was too much."""
+        return self.predicted_bytes / self.peak_bytes - 1
+
+
+def measure_cases(
+    cases: Sequence[MemoryCase], *, device: str = "cpu", on_case: Callable[[Measured], None] = lambda measured: None
+) -> list[Measured]:
+    """Every case in a process of its own. Args: on_case: is told of each as it is done.
+
+    Raises:
+        RunStopped: a process failed; says with which error.
+    """
+    found: list[Measured] = []
+    with tempfile.TemporaryDirectory() as place:
+        for case in cases:
+            found.append(_measured(case, Path(place), device))
+            on_case(found[-1])
+    return found
+
+
+def _measured(case: MemoryCase, place: Path, device: str) -> Measured:
+    values = json.dumps(dict(case.model), sort_keys=True)
+    folder = place / hashlib.sha256(f"{values} {case.dtype}".encode()).hexdigest()[:16]
+    if not folder.exists():
+        _child("make", str(folder), values, case.dtype)
+    spec = {"recipe": case.recipe(folder, device=device), "prompt_tokens": case.prompt_tokens}
+    path = place / "spec.json"
+    path.write_text(json.dumps(spec))
+    answer = json.loads(_child(str(path)).strip().splitlines()[-1])
+    kind = "host_bytes" if device == "cpu" else "device_bytes"
+
+    def peaks(kind: str) -> dict[str, int]:
+        return {phase: max(answer["stages"][stage][kind] for stage in stages) for phase, stages in STAGES_OF.items()}
+
+    predicted = predict(case, folder, device=device)
+    return Measured(
+        case=case,
+        peaks=peaks(kind),
+        host_peaks=peaks("host_bytes"),
+        predicted={phase.name: phase.peak_bytes for phase in predicted.phases},
+        tokens_per_s=answer["tokens_per_s"],
+    )
+
+
+def predict(case: MemoryCase, folder: Path, *, device: str) -> MemoryPlan:
+    """The plan of a case, on hardware without bounds."""
+    config = parse_recipe(case.recipe(folder, device=device), base_dir=folder.parent, source=case.name)
+    hardware = Hardware(name=device, device_bytes=UNBOUNDED, is_cpu=device == "cpu", has_bfloat16=True)
+    shape = shape_of({**case.model, "dtype": case.dtype}, source=case.name)
+    return plan(config, hardware, prompt_tokens=case.prompt_tokens, shape=shape)
+
+
+def _child(*arguments: str) -> str:
+    environment = {**os.environ, **ALLOCATOR, "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(  # the module's own file, with this interpreter
+        [sys.executable, "-m", "grpo.memory_probe", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        tail = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise RunStopped(f"a memory case ended before its figures were there: {tail[0]}")
+    return done.stdout
+
+
+def as_json(measured: Sequence[Measured], *, device: str, command: str) -> dict[str, Any]:
+    """The figures, with the machine and the versions that they are of."""
+    return {
+        "command": command,
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.platform()},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "device": device,
+        "allocator": ALLOCATOR,
+        "cases": [
+            {
+                **asdict(each.case),
+                "peak_bytes": each.peak_bytes,
+                "predicted_bytes": each.predicted_bytes,
+                "error": each.error,
+                "peaks": dict(each.peaks),
+                "host_peaks": dict(each.host_peaks),
+                "predicted": dict(each.predicted),
+                "tokens_per_s": dict(each.tokens_per_s),
+            }
+            for each in measured
+        ],
+    }

@@ -1,0 +1,88 @@
+"""`grpo plan` and `grpo bench memory`: parse, check, import late, call, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from grpo.command_arguments import Overrides, check_writable, recipe_of
+
+bench = typer.Typer(no_args_is_help=True, help="What a machine does: measured, beside what was predicted.")
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, a YAML file, or a run directory.")],
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str, typer.Option("--gpu", help="A card such as a100-40g, or cpu:GIB for a host with so much memory.")
+    ] = "a100-40g",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest prompt.")] = 512,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the plan to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it: a PNG.")] = None,
+) -> None:
+    """Say what a recipe will take in memory, phase by phase, and what fits. Loads no weights, needs no GPU."""
+    from grpo.diagnostics.memory_tables import show_memory_plan
+    from grpo.recipe_loader import load_recipe
+    from grpo.runtime.memory import hardware_named
+    from grpo.runtime.memory import plan as plan_memory
+
+    for option, path in (("--json", json_file), ("--plot", plot)):
+        check_writable(option, path)
+    config = load_recipe(recipe_of(recipe), overrides or [])
+    found = plan_memory(config, hardware_named(gpu), prompt_tokens=prompt_tokens)
+    if json_file is not None:
+        figures: dict[str, Any] = {
+            **asdict(found),
+            "fits": found.fits,
+            "peak_bytes": found.peak_bytes,
+            "host_peak_bytes": found.host_peak_bytes,
+            "phases": [asdict(phase) | {"peak_bytes": phase.peak_bytes} for phase in found.phases],
+        }
+        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if plot is not None:
+        from grpo.diagnostics.memory_plots import plan_figure
+
+        plot.write_bytes(plan_figure(found))
+    show_memory_plan(found)
+
+
+@bench.command()
+def memory(
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Whose memory is measured.")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="Three cases in place of all.")] = False,
+    case: Annotated[list[str] | None, typer.Option(help="Only this one; may be given again.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them: a PNG.")] = None,
+) -> None:
+    """Measure a grid of configurations, each in its own process, beside what `grpo plan` says of it."""
+    from grpo.diagnostics.memory_tables import amount, show_memory_bench
+    from grpo.errors import ConfigError
+    from grpo.memory_bench import Measured, as_json, measure_cases
+    from grpo.memory_cases import CASES, QUICK
+
+    for option, path in (("--json", json_file), ("--plot", plot)):
+        check_writable(option, path)
+    wanted = case or (QUICK if quick else [each.name for each in CASES])
+    if unknown := sorted(set(wanted) - {each.name for each in CASES}):
+        raise ConfigError(f"--case {unknown[0]!r} is not among: {'; '.join(each.name for each in CASES)}.")
+    chosen = [each for each in CASES if each.name in wanted]
+
+    def tell(measured: Measured) -> None:
+        done = f"{measured.case.name}: {amount(measured.peak_bytes)}, predicted {amount(measured.predicted_bytes)}"
+        print(f"{done} ({measured.error:+.1%})", file=sys.stderr, flush=True)
+
+    figures = as_json(
+        measure_cases(chosen, device=device, on_case=tell), device=device, command=" ".join(["grpo", *sys.argv[1:]])
+    )
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if plot is not None:
+        from grpo.diagnostics.memory_plots import bench_figure
+
+        plot.write_bytes(bench_figure(figures["cases"]))
+    show_memory_bench(figures["cases"])

@@ -1,0 +1,343 @@
+"""Recipe and hardware -> the memory of every phase, before a weight is loaded. Imports no torch.
+
+`plan(config, hardware)` is the whole of it; `grpo plan` prints what it returns, `grpo bench memory` measures it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo.config import RunConfig, VllmEngineConfig
+from grpo.errors import ConfigError
+from grpo.runtime.memory_model import ModelShape, read_shape
+from grpo.runtime.memory_terms import FULL, MIB, Terms, largest_micro_batch
+
+GIB = 2**30
+CONTEXT_BYTES = 768 * MIB
+"""Of a card: CUDA's context and its libraries' workspaces, which torch does not count. Not measured here."""
+PROCESS_BYTES = 700 * MIB
+"""Of the host: Python, torch and transformers before a model is loaded."""
+DEFAULT_PROMPT_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """What there is room on."""
+
+    name: str
+    device_bytes: int
+    """Of the card, or of the host where the run is on the CPU."""
+    is_cpu: bool
+    has_bfloat16: bool
+    """In its matrix units: what dtype = auto goes by."""
+
+
+def _card(name: str, gib: float, *, has_bfloat16: bool = True) -> Hardware:
+    return Hardware(name=name, device_bytes=int(gib * GIB), is_cpu=False, has_bfloat16=has_bfloat16)
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        _card("t4", 14.6, has_bfloat16=False),
+        _card("l4", 22.0),
+        _card("rtx3090", 23.6),
+        _card("rtx4090", 23.5),
+        _card("a100-40g", 39.4),
+        _card("a100-80g", 79.2),
+        _card("h100-80g", 79.1),
+        _card("h200", 139.8),
+    )
+}
+"""By name; the bytes are about what a driver leaves of the number on the box."""
+
+
+def hardware_named(name: str) -> Hardware:
+    """A card of `CARDS`, or cpu:GIB, a host with so much memory. Raises ConfigError for another name."""
+    wanted = name.lower().replace(" ", "").replace("_", "-")
+    if wanted in CARDS:
+        return CARDS[wanted]
+    if found := re.fullmatch(r"cpu:(\d+(?:\.\d+)?)(?:gi?b?)?", wanted):
+        return Hardware(name=wanted, device_bytes=int(float(found[1]) * GIB), is_cpu=True, has_bfloat16=_cpu_bfloat16())
+    raise ConfigError(
+        f"hardware {name!r} is not known; expected cpu:GIB, such as cpu:24, or one of {', '.join(CARDS)}."
+    )
+
+
+def _cpu_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16; a plan for another one names its dtype in the recipe."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """A stage of the run."""
+
+    name: str
+    held: dict[str, int]
+    """What is there throughout, by name, in bytes."""
+    transient_bytes: int
+    """The most that comes on top."""
+    host_bytes: int
+    """Of the process's own memory, where the device is another; else what `peak_bytes` says."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """On the device."""
+        return sum(self.held.values()) + self.transient_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """The largest value of one recipe key that fits, everything else as it is."""
+
+    key: str
+    now: int
+    largest: int | None
+    """None: not even the smallest fits."""
+    is_bounded: bool
+    """It was not searched beyond this: memory is not what bounds it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """Something else in the recipe, and the peak with it."""
+
+    overrides: tuple[str, ...]
+    """As `grpo train` takes them."""
+    why: str
+    peak_bytes: int
+    fits: bool
+    keeps_gradient: bool
+    """The same gradient, in more and smaller parts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """What a recipe will take."""
+
+    hardware: Hardware
+    shape: ModelShape
+    dtype: str
+    prompt_tokens: int
+    """Assumed of the longest prompt."""
+    phases: tuple[Phase, ...]
+    reserve_bytes: int
+    """What the run does not count: CUDA's context, or the process without a model."""
+    micro_batch_tokens: int
+    """Of the largest micro-batch, padding included."""
+    limits: tuple[Limit, ...] = ()
+    changes: tuple[Change, ...] = ()
+    """What helps where it does not fit, the best first."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest phase's."""
+        return max(phase.peak_bytes for phase in self.phases)
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """Of the process's own memory, the process without a model included."""
+        return max(phase.host_bytes for phase in self.phases) + PROCESS_BYTES
+
+    @property
+    def fits(self) -> bool:
+        """Whether the largest phase and the reserve are within the hardware's memory."""
+        return self.peak_bytes + self.reserve_bytes <= self.hardware.device_bytes
+
+
+def plan(
+    config: RunConfig,
+    hardware: Hardware,
+    *,
+    prompt_tokens: int = DEFAULT_PROMPT_TOKENS,
+    shape: ModelShape | None = None,
+) -> MemoryPlan:
+    """Memory of every phase, the largest batch, K and length that fit, and what to change where nothing does.
+
+    Args:
+        prompt_tokens: of the longest prompt; completions are taken at rollout.max_new_tokens.
+        shape: of the model; read from its config where None.
+    Raises:
+        ModelError: the model's config cannot be had, or its blocks are not known.
+        ConfigError: trainable.modules match nothing in it.
+    """
+    shape = shape or read_shape(config.model, config.base_dir)
+    found = _phases_of(config, hardware, prompt_tokens, shape)
+    limits = tuple(_limits(config, hardware, prompt_tokens, shape))
+    changes = () if found.fits else tuple(_changes(config, hardware, prompt_tokens, shape))
+    return MemoryPlan(
+        **{name: getattr(found, name) for name in MemoryPlan.__dataclass_fields__ if name not in ("limits", "changes")},
+        limits=limits,
+        changes=changes,
+    )
+
+
+def _phases_of(config: RunConfig, hardware: Hardware, prompt_tokens: int, shape: ModelShape) -> MemoryPlan:
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if hardware.has_bfloat16 else "float32"
+    terms = Terms(
+        shape=shape,
+        config=config,
+        rows=largest_micro_batch(config, prompt_tokens),
+        width=2 if dtype == "bfloat16" else FULL,
+        is_cpu=hardware.is_cpu,
+    )
+    return MemoryPlan(
+        hardware=hardware,
+        shape=shape,
+        dtype=dtype,
+        prompt_tokens=prompt_tokens,
+        phases=_phases(terms, hardware),
+        reserve_bytes=PROCESS_BYTES if hardware.is_cpu else CONTEXT_BYTES,
+        micro_batch_tokens=terms.rows.padded_tokens,
+    )
+
+
+def _phases(terms: Terms, hardware: Hardware) -> tuple[Phase, ...]:
+    weights = {"policy": terms.weights() + terms.anchor()}
+    if terms.is_full:
+        weights["reference"] = terms.reference_copy()
+    optimizer = {"gradients and moments": terms.optimizer()}
+    library = {"libraries": terms.library()} if hardware.is_cpu else {}
+    engine, asleep, sampling = _engine(terms, hardware)
+    running = {**weights, **optimizer, **library}
+    stays = sum(weights.values()) + sum(engine.values())
+    files = 0 if hardware.is_cpu else terms.load_host()
+    saved = 0 if hardware.is_cpu else 3 * FULL * terms.learning
+
+    def phase(name: str, held: dict[str, int], transient: int, host: int = 0) -> Phase:
+        peak = sum(held.values()) + transient
+        return Phase(name=name, held=held, transient_bytes=transient, host_bytes=peak if hardware.is_cpu else host)
+
+    # a CPU's weights are mapped from the files, and are read for the first time when the engine copies them
+    loading = phase("load", {**weights, **engine}, terms.merging(), files)
+    assert loading.peak_bytes >= stays
+    return (
+        loading,
+        phase("sampling", {**running, **engine}, sampling),
+        phase("reference", {**running, **asleep}, terms.reference_pass()),
+        phase("update", {**running, **asleep}, terms.update_pass()),
+        phase("sync", {**running, **engine}, terms.merging()),
+        phase("checkpoint", {**running, **asleep}, 0, saved),
+    )
+
+
+def _engine(terms: Terms, hardware: Hardware) -> tuple[dict[str, int], dict[str, int], int]:
+    """What the engine holds while it samples and while it does not, and what comes on top while it samples."""
+    engine = terms.config.rollout.engine
+    if not isinstance(engine, VllmEngineConfig):
+        copy = {"engine": terms.engine_copy()} if terms.engine_copy() else {}
+        return copy, copy, terms.sampling()
+    if hardware.is_cpu:
+        taken = {"engine": terms.engine_copy() + int(engine.kv_cache_gib * GIB)}
+        return taken, taken, 0
+    taken = {"engine": int(engine.memory_fraction * hardware.device_bytes)}
+    return taken, {} if engine.sleep else taken, 0
+
+
+def changed(config: RunConfig, **changes: Any) -> RunConfig:
+    """The recipe with other values. Args: changes: "section__key" or "key" -> value."""
+    updated = config
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        if section:
+            value = getattr(updated, section).model_copy(update={key: value})
+        updated = updated.model_copy(update={section or key: value})
+    return updated
+
+
+def _limits(config: RunConfig, hardware: Hardware, prompt_tokens: int, shape: ModelShape) -> Iterable[Limit]:
+    rollout, update = config.rollout, config.update
+    whole = config.prompts.per_step * (prompt_tokens + rollout.group_size * rollout.max_new_tokens)
+    searched = (
+        ("update.micro_batch_tokens", "update__micro_batch_tokens", update.micro_batch_tokens, whole),
+        ("rollout.group_size", "rollout__group_size", rollout.group_size, 256),
+        ("rollout.max_new_tokens", "rollout__max_new_tokens", rollout.max_new_tokens, 2**17),
+        ("prompts.per_step", "prompts__per_step", config.prompts.per_step, 4096),
+    )
+    for key, name, now, most in searched:
+
+        def fits(value: int, name: str = name) -> bool:
+            return _phases_of(changed(config, **{name: value}), hardware, prompt_tokens, shape).fits
+
+        least = 2 if key == "rollout.group_size" else 1
+        largest = _largest(fits, least, most)
+        yield Limit(key=key, now=now, largest=largest, is_bounded=largest == most)
+
+
+def _largest(fits: Any, least: int, most: int) -> int | None:
+    """The largest value that fits, where memory grows with it; None where the least does not."""
+    if not fits(least):
+        return None
+    low, high = least, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _changes(config: RunConfig, hardware: Hardware, prompt_tokens: int, shape: ModelShape) -> Sequence[Change]:
+    """Those that lower the peak: first what fits and keeps the gradient, then what fits, then by what they save."""
+    rollout, now = config.rollout, _phases_of(config, hardware, prompt_tokens, shape)
+    row = prompt_tokens + rollout.max_new_tokens
+    candidates: list[tuple[dict[str, Any], str, str, bool]] = []
+    tokens = now.micro_batch_tokens
+    while tokens > row:
+        tokens = max(tokens // 2, row)
+        why = "smaller micro-batches, more of them: the same effective batch"
+        candidates.append(({"update__micro_batch_tokens": tokens}, f"update.micro_batch_tokens={tokens}", why, True))
+    if rollout.engine.type == "transformers" and rollout.max_rows > rollout.group_size:
+        why = "fewer rows decoded side by side: the same completions, sampled in turns"
+        candidates.append(
+            ({"rollout__max_rows": rollout.group_size}, f"rollout.max_rows={rollout.group_size}", why, True)
+        )
+        both = {"update__micro_batch_tokens": row, "rollout__max_rows": rollout.group_size}
+        text = f"update.micro_batch_tokens={row} rollout.max_rows={rollout.group_size}"
+        candidates.append((both, text, "one completion at a time: the same effective batch", True))
+    if config.trainable.type == "full":
+        from grpo.config import LoraTrainable
+
+        why = "adapters in place of all weights: no second model, few moments"
+        candidates.append(({"trainable": LoraTrainable()}, "trainable={type: lora}", why, False))
+        if config.optim.type == "adamw":
+            candidates.append(({"optim__type": "adamw_8bit"}, "optim.type=adamw_8bit", "moments in 8 bits", False))
+    if now.dtype == "float32" and hardware.has_bfloat16:
+        candidates.append(({"dtype": "bfloat16"}, "dtype=bfloat16", "half the bytes of weights and activations", False))
+    if rollout.max_new_tokens > 1:
+        half = rollout.max_new_tokens // 2
+        why = "shorter completions: another task"
+        candidates.append(({"rollout__max_new_tokens": half}, f"rollout.max_new_tokens={half}", why, False))
+    found: list[Change] = []
+    for changes, text, why, keeps in candidates:
+        then = _phases_of(changed(config, **changes), hardware, prompt_tokens, shape)
+        if then.peak_bytes < now.peak_bytes:
+            overrides = (text,) if text.startswith("trainable") else tuple(text.split())
+            found.append(
+                Change(
+                    overrides=overrides,
+                    why=why,
+                    peak_bytes=then.peak_bytes,
+                    fits=then.fits,
+                    keeps_gradient=keeps,
+                )
+            )
+    # of those that fit and keep the gradient the one that gives up least; of the others the one that saves most
+    ranked = sorted(
+        found,
+        key=lambda change: (
+            not change.fits,
+            not change.keeps_gradient if change.fits else False,
+            -change.peak_bytes if change.fits and change.keeps_gradient else change.peak_bytes,
+        ),
+    )
+    return ranked[:5]

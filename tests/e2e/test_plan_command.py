@@ -1,0 +1,119 @@
+"""`grpo plan` and `grpo bench memory` as a person runs them: from a config alone, and one case truly measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo.cli import main
+
+LLAMA_1B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+RECIPE = """
+model: ./model
+steps: 1
+output_dir: run
+prompts: {type: tasks, names: [fairness], per_step: 8}
+objectives:
+  fairness: {rewards: [{name: choice}], beta: {type: fixed, value: 0.02}}
+rollout: {group_size: 8, max_new_tokens: 512}
+optim: {learning_rate: 1e-4}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Whose model is a config.json and nothing else."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA_1B))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def grpo(*arguments: str) -> int:
+    """The command's exit code."""
+    old, sys.argv = sys.argv, ["grpo", *arguments]
+    try:
+        main()
+    except SystemExit as exc:
+        return int(exc.code or 0)
+    finally:
+        sys.argv = old
+    return 0
+
+
+def test_a_plan_needs_a_config_alone_and_says_what_fits(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures, plot = tmp_path / "plan.json", tmp_path / "plan.png"
+    arguments = ["plan", str(recipe), "--gpu", "a100-40g", "--json", str(figures), "--plot", str(plot)]
+    assert grpo(*arguments) == 0
+    shown = capsys.readouterr().out
+    for phase in ("load", "sampling", "reference", "update", "sync", "checkpoint"):
+        assert phase in shown
+    found = json.loads(figures.read_text())
+    assert found["shape"]["layers"] == 16
+    assert [phase["name"] for phase in found["phases"]][3] == "update"
+    assert found["peak_bytes"] == max(phase["peak_bytes"] for phase in found["phases"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_does_not_fit_is_told_with_what_to_change(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        grpo("plan", str(recipe), "rollout.max_new_tokens=4096", "update.micro_batch_tokens=65536", "--gpu", "l4") == 0
+    )
+    shown = capsys.readouterr().out
+    assert "it does not fit" in shown
+    assert "update.micro_batch_tokens=" in shown
+    assert "the same effective batch" in shown
+
+
+def test_unknown_hardware_and_models_that_cannot_be_read_are_bad_input(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert grpo("plan", str(recipe), "--gpu", "tpu") == 2
+    assert "expected cpu:GIB" in capsys.readouterr().err
+    assert grpo("plan", str(recipe), "model=./nothing") == 2
+    assert "config.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_plan_never_imports_torch(recipe: Path) -> None:
+    code = (
+        "import sys; from grpo.cli import main\n"
+        f"sys.argv = ['grpo', 'plan', {str(recipe)!r}]\n"
+        "try: main()\nexcept SystemExit as exc: assert not exc.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_a_case_that_does_not_exist_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert grpo("bench", "memory", "--case", "nothing") == 2
+    assert "llama, float32" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_predictions_of_three_measured_cases_are_within_ten_percent(tmp_path: Path) -> None:
+    """One of them of an architecture that nothing was calibrated on."""
+    figures = tmp_path / "memory.json"
+    assert grpo("bench", "memory", "--quick", "--json", str(figures)) == 0
+    cases = json.loads(figures.read_text())["cases"]
+    assert {case["model"]["model_type"] for case in cases} == {"llama", "gpt2"}
+    for case in cases:
+        assert abs(case["error"]) <= 0.1, case["name"]
+        assert case["peak_bytes"] == max(case["peaks"].values())

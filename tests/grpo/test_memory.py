@@ -1,0 +1,285 @@
+"""The memory planner: its sizes are transformers', its terms are what autograd and the allocator do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import make_batch, make_group
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from grpo.batching import MicroBatch
+from grpo.config import RunConfig
+from grpo.errors import ConfigError, ModelError
+from grpo.recipe_loader import parse_recipe
+from grpo.rollout import decoding, shared_prompts
+from grpo.rollout.base import SamplingParams
+from grpo.runtime.memory import GIB, Hardware, changed, hardware_named, plan
+from grpo.runtime.memory_model import KNOWN, ModelShape, read_shape, shape_of
+from grpo.runtime.memory_terms import (
+    CACHE_GROWTH,
+    CHUNK_TOKENS,
+    PLAIN_ATTENTION_SCORES,
+    PREFILL_TOKENS,
+    Rows,
+    Terms,
+    largest_micro_batch,
+)
+from grpo.runtime.policy import Policy, dropout_off
+from grpo.update import logprobs, shared_prefix
+from grpo.update.forward import policy_pass
+
+SIZES = {
+    "vocab_size": 1000,
+    "hidden_size": 96,
+    "intermediate_size": 200,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2_SIZES = {"vocab_size": 1000, "n_embd": 96, "n_layer": 6, "n_head": 6, "bos_token_id": 1, "eos_token_id": 2}
+LORA = {"type": "lora", "rank": 4}
+FULL = {"type": "full"}
+LLAMA_7B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "dtype": "bfloat16",
+}
+
+
+def config_of(kind: str) -> Any:
+    return AutoConfig.for_model(kind, **(GPT2_SIZES if kind == "gpt2" else SIZES))
+
+
+def recipe(**changes: Any) -> RunConfig:
+    values: dict[str, Any] = {
+        "model": "model",
+        "steps": 1,
+        "output_dir": "run",
+        "dtype": "float32",
+        "prompts": {"type": "tasks", "names": ["fairness"], "per_step": 8},
+        "objectives": {"a": {"rewards": [{"name": "choice"}], "beta": {"type": "fixed", "value": 0.02}}},
+        "rollout": {"group_size": 8, "max_new_tokens": 256},
+        "optim": {"learning_rate": 1e-4},
+        **changes,
+    }
+    return parse_recipe(values, base_dir=Path("/nowhere"), source="the test")
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_sizes_of_every_known_model_type_are_those_of_its_model(kind: str) -> None:
+    config = config_of(kind)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shape = shape_of(config.to_dict(), source=kind)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.shares_prompts == shared_prefix.can_share_prompts(model)
+    adapted = Policy(
+        AutoModelForCausalLM.from_config(config), recipe(trainable={"type": "lora", "rank": 3}).trainable, seed=0
+    )
+    learning = sum(p.numel() for p in adapted.trainable_parameters().values())
+    assert terms_of(shape, trainable={"type": "lora", "rank": 3}).learning == learning
+
+
+def terms_of(shape: ModelShape, *, rows: Rows | None = None, width: int = 4, **changes: Any) -> Terms:
+    rows = rows or Rows(prompts=2, rows=6, prompt_tokens=40, completion_tokens=30)
+    return Terms(shape=shape, config=recipe(**changes), rows=rows, width=width, is_cpu=True)
+
+
+def test_constants_are_the_codes() -> None:
+    assert CHUNK_TOKENS == logprobs.CHUNK_TOKENS
+    assert PLAIN_ATTENTION_SCORES == shared_prefix.PLAIN_ATTENTION_SCORES
+    assert CACHE_GROWTH == shared_prompts.GROWTH
+    assert PREFILL_TOKENS == decoding.PREFILL_TOKENS
+
+
+def full_rows(rows: Rows) -> MicroBatch:
+    """A micro-batch of that size without padding."""
+    groups = rows.rows // rows.prompts
+    of_row = torch.arange(rows.prompts).repeat_interleave(groups)
+    return MicroBatch(
+        prompt_ids=torch.randint(3, 900, (rows.prompts, rows.prompt_tokens)),
+        prompt_mask=torch.ones(rows.prompts, rows.prompt_tokens, dtype=torch.long),
+        prompt_of_row=of_row,
+        completion_ids=torch.randint(3, 900, (rows.rows, rows.completion_tokens)),
+        completion_mask=torch.ones(rows.rows, rows.completion_tokens, dtype=torch.bool),
+        sampler_logprobs=torch.zeros(rows.rows, rows.completion_tokens),
+        advantages=torch.zeros(rows.rows),
+        shares=torch.zeros(rows.rows, 1),
+        is_scored=torch.ones(rows.rows, 1, dtype=torch.bool),
+    )
+
+
+def saved_bytes(policy: Policy, batch: MicroBatch) -> int:
+    """What autograd keeps of the policy's pass, parameters and the head's slopes not counted, every storage once."""
+    own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    found: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    params = SamplingParams(end_token_ids=(2,), max_new_tokens=batch.completion_ids.shape[1])
+    with dropout_off(policy.model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy_pass(policy, batch, params)
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "trainable", "width"),
+    [
+        ("llama", LORA, 4),
+        ("llama", LORA, 2),
+        ("llama", {**LORA, "modules": ["q_proj", "down_proj"]}, 4),
+        ("llama", FULL, 2),
+        ("qwen3", LORA, 2),
+        ("qwen3", FULL, 4),
+        ("mistral", LORA, 4),
+        ("gpt2", LORA, 4),
+        ("gpt2", FULL, 2),
+    ],
+)
+def test_what_the_backward_pass_needs_is_what_autograd_keeps(
+    kind: str, trainable: Mapping[str, Any], width: int
+) -> None:
+    config = config_of(kind)
+    terms = terms_of(shape_of(config.to_dict(), source=kind), width=width, trainable=trainable)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if width == 4 else torch.bfloat16)
+    kept = saved_bytes(Policy(model, terms.config.trainable, seed=0), full_rows(terms.rows))
+    head = terms.states() // 2
+    # the first block's input needs no gradient with LoRA, and keys are shared in ways of their own: a few percent
+    assert terms.saved() + head == pytest.approx(kept, rel=0.05)
+
+
+@pytest.mark.parametrize("budget", [1, 300, 700, 1000, 5000])
+def test_the_largest_micro_batch_is_the_one_that_is_built(budget: int) -> None:
+    config = recipe(
+        rollout={"group_size": 4, "max_new_tokens": 50},
+        update={"micro_batch_tokens": budget},
+        prompts={"type": "tasks", "names": ["fairness"], "per_step": 5},
+    )
+    groups = [
+        make_group([{"a": float(k)} for k in range(4)], lengths=[50] * 4, prompt_length=30, seed=seed)
+        for seed in range(5)
+    ]
+    built = make_batch(groups, budget=budget, max_new_tokens=50)
+    assert largest_micro_batch(config, 30).padded_tokens == max(micro.padded_tokens for micro in built.micro_batches)
+
+
+def test_what_a_lora_run_holds_worked_by_hand() -> None:
+    """Llama 7B, rank 16 on all seven linears of 32 blocks: (4 * 8192 + 3 * 15104) * 16 * 32 = 39,976,960 numbers."""
+    found = plan(
+        recipe(trainable={"type": "lora", "rank": 16}, dtype="bfloat16"),
+        hardware_named("a100-80g"),
+        shape=shape_of(LLAMA_7B, source="7B"),
+    )
+    phases = {phase.name: phase for phase in found.phases}
+    weights = 6_738_415_616
+    assert found.shape.parameters == weights
+    assert phases["update"].held == {
+        "policy": 2 * weights + 4 * 39_976_960,
+        "gradients and moments": 3 * 4 * 39_976_960,
+        "engine": 2 * weights,
+    }
+    assert phases["load"].host_bytes == 2 * weights
+
+
+def test_training_all_weights_holds_them_four_times_and_a_reference() -> None:
+    """Weights, gradient, two moments and the reference, 4 bytes each; the engine's copy has 2."""
+    found = plan(
+        recipe(trainable={"type": "full"}, dtype="bfloat16"),
+        hardware_named("h200"),
+        shape=shape_of(LLAMA_7B, source="7B"),
+    )
+    (update,) = [phase for phase in found.phases if phase.name == "update"]
+    assert sum(update.held.values()) == (5 * 4 + 2) * found.shape.parameters
+
+
+def test_limits_fit_and_one_more_does_not() -> None:
+    config, card = recipe(dtype="bfloat16"), hardware_named("a100-40g")
+    shape = shape_of(LLAMA_7B, source="7B")
+    limits = {limit.key: limit for limit in plan(config, card, shape=shape).limits}
+    (key, limit) = ("update.micro_batch_tokens", limits["update.micro_batch_tokens"])
+    assert limit.largest is not None, key
+    assert plan(changed(config, update__micro_batch_tokens=limit.largest), card, shape=shape).fits
+    assert not plan(changed(config, update__micro_batch_tokens=limit.largest + 1), card, shape=shape).fits
+
+
+def test_where_it_does_not_fit_the_first_change_fits_and_keeps_the_gradient() -> None:
+    config, card = recipe(dtype="bfloat16"), hardware_named("a100-40g")
+    found = plan(config, card, shape=shape_of(LLAMA_7B, source="7B"))
+    assert not found.fits
+    first = found.changes[0]
+    assert first.fits
+    assert first.keeps_gradient
+    key, _, tokens = first.overrides[0].partition("=")
+    assert key == "update.micro_batch_tokens"
+    again = plan(changed(config, update__micro_batch_tokens=int(tokens)), card, shape=found.shape)
+    assert (again.fits, again.peak_bytes) == (True, first.peak_bytes)
+
+
+def test_all_weights_that_can_never_fit_are_told_to_be_adapters() -> None:
+    found = plan(
+        recipe(trainable={"type": "full"}, dtype="bfloat16"),
+        hardware_named("a100-40g"),
+        shape=shape_of(LLAMA_7B, source="7B"),
+    )
+    assert found.changes[0].overrides == ("trainable={type: lora}",)
+    assert [limit.largest for limit in found.limits] == [None] * 4
+
+
+def test_smaller_micro_batches_take_less_and_more_rows_more() -> None:
+    shape, hardware = (
+        shape_of(LLAMA_7B, source="7B"),
+        Hardware(name="x", device_bytes=80 * GIB, is_cpu=False, has_bfloat16=True),
+    )
+    peaks = [
+        plan(recipe(update={"micro_batch_tokens": tokens}), hardware, shape=shape).peak_bytes
+        for tokens in (800, 1600, 3200, 6400)  # 1, 4, 8 and 16 completions of 256 tokens, with their prompts
+    ]
+    assert peaks == sorted(peaks)
+    assert peaks[0] < peaks[2] < peaks[3]
+
+
+def test_hardware_is_a_card_or_a_host_with_so_much_memory() -> None:
+    assert hardware_named("A100_40G").device_bytes == int(39.4 * GIB)
+    assert hardware_named("rtx 4090").name == "rtx4090"
+    assert hardware_named("cpu:24GiB").device_bytes == 24 * GIB
+    for name in ("a100", "cpu", "cpu:x"):
+        with pytest.raises(ConfigError, match=r"expected cpu:GIB.*a100-40g"):
+            hardware_named(name)
+
+
+def test_a_model_of_unknown_blocks_is_refused_by_its_type(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mamba", "hidden_size": 64}')
+    with pytest.raises(ModelError, match=r"'mamba'.*Known: llama"):
+        read_shape(str(tmp_path), tmp_path)
+
+
+def test_a_config_without_a_size_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+    with pytest.raises(ModelError, match="num_attention_heads"):
+        read_shape(str(tmp_path), tmp_path)
+
+
+def test_modules_that_match_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"q_proj, k_proj"):
+        plan(
+            recipe(trainable={"type": "lora", "modules": ["query"]}),
+            hardware_named("cpu:8"),
+            shape=shape_of(LLAMA_7B, source="7B"),
+        )
