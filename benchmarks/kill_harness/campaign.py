@@ -12,9 +12,10 @@ import os
 import random
 import re
 import select
+import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -220,6 +221,48 @@ class Campaign:
         outcome.num_missing = (self.undisturbed.asked - asked).total()
         return outcome
 
+    def interrupt(
+        self, name: str, *, times: int, phase: str, occurrence: int, then: Callable[[], None]
+    ) -> tuple[int, str, Path]:
+        """Press Ctrl-C so often in a new run, each time when the one before was answered, from a phase's begin on.
+
+        Args:
+            then: called before the first.
+        Returns:
+            Exit code, all that it has said, and its run directory.
+        """
+        run_dir = self._folder / name
+        reader = os.open(self._pipe, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            with self._nursery.start(
+                self._arguments(run_dir, resume=False), run_dir=run_dir, output=self._output, phases=self._pipe
+            ) as run:
+                told = _phases(reader, until=time.monotonic() + TIMEOUT_S, alarm=_Alarm(None))
+                seen = Counter[str]()
+                while seen[phase] < occurrence:
+                    seen[str(next(told)[0])] += 1
+                then()
+                for number in range(times):
+                    while number and "finishing the current step" not in self._output.read_text():
+                        time.sleep(0.001)
+                    run.kill(signal.SIGINT)
+                code = run.wait()
+        finally:
+            os.close(reader)
+        return code, self._output.read_text(), run_dir
+
+    def finish(self, run_dir: Path) -> list[str]:
+        """Resume a run and let it finish; gives its differences from the undisturbed one."""
+        code, _, _ = self._run(run_dir, resume=True)
+        return differences(self.undisturbed.run_dir, run_dir) if code == 0 else [f"{code}: {self._last_words()}"]
+
+    def _arguments(self, run_dir: Path, *, resume: bool) -> list[str]:
+        return (
+            ["train", str(run_dir), "--resume"]
+            if resume
+            else ["train", str(self._recipe), f"output_dir={json.dumps(str(run_dir))}"]
+        )
+
     @property
     def _output(self) -> Path:
         return self._folder / "output.txt"
@@ -231,11 +274,6 @@ class Campaign:
         self, run_dir: Path, *, resume: bool, kill: Kill | None = None, learn_imports: bool = False
     ) -> tuple[int, str, list[tuple[str, float]]]:
         """Exit code, last phase, and the phases with the time at which each began."""
-        arguments = (
-            ["train", str(run_dir), "--resume"]
-            if resume
-            else ["train", str(self._recipe), f"output_dir={json.dumps(str(run_dir))}"]
-        )
         at_operation = None
         if kill is not None and kill.kind == "operation":
             at_operation = AtOperation(phase=kill.phase, occurrence=kill.occurrence, operation=kill.operation)
@@ -243,7 +281,7 @@ class Campaign:
         phases: list[tuple[str, float]] = []
         try:
             with self._nursery.start(
-                arguments,
+                self._arguments(run_dir, resume=resume),
                 run_dir=run_dir,
                 output=self._output,
                 phases=self._pipe,

@@ -49,10 +49,10 @@ class Run:
     code: int | None = None
     """Exit code, or minus the signal; None while it runs."""
 
-    def kill(self) -> None:
-        """SIGKILL; nothing where it has ended."""
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal; nothing where it has ended."""
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(self._pidfd, number)
 
     def wait(self) -> int:
         """Its exit code, or minus the signal."""

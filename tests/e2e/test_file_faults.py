@@ -14,7 +14,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,25 @@ def test_whichever_file_operation_of_a_save_fails_the_old_checkpoint_or_the_new_
     else:
         assert steps.count(1) >= 2
         assert "short" in fault or 2 in steps  # where the old one was being deleted
+
+
+def press_ctrl_c(operation: Operation, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    call(*arguments)
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("choose", [one_of_each, pytest.param(list, marks=pytest.mark.slow)])
+def test_a_second_ctrl_c_at_any_file_operation_of_a_save_leaves_the_old_checkpoint_or_the_new_one(
+    choose: Callable[[Sequence[Operation]], list[Operation]], run_dir: Path, updater: Updater, tmp_path: Path
+) -> None:
+    old, new = content_of(latest_checkpoint(run_dir)), saved_undisturbed(updater, tmp_path / "undisturbed")
+    rehearsal = Path(shutil.copytree(run_dir, tmp_path / "rehearsal"))
+    for planned in choose(operations_of(lambda: save_checkpoint(rehearsal, updater, step=2, keep=1), rehearsal)):
+        trial = Path(shutil.copytree(run_dir, tmp_path / "trial"))
+        with failing(trial, planned.number, press_ctrl_c), suppress(KeyboardInterrupt):
+            save_checkpoint(trial, updater, step=2, keep=1)
+        check_old_or_new(trial, old, new)
+        shutil.rmtree(trial)
 
 
 def test_a_full_disk_is_told_with_the_path_and_the_bytes_that_were_needed(run_dir: Path, updater: Updater) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,6 @@ from kill_harness.campaign import (
     PHASES,
     Campaign,
     Kill,
-    at_any_time,
     differences,
     evidence,
     in_phase,
@@ -30,6 +30,8 @@ from kill_harness.campaign import (
 )
 from kill_harness.counting_judge import CountingJudge, serve_counting
 from kill_harness.nursery import Nursery
+
+from grpo.checkpoint import latest_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +61,44 @@ def test_killed_in_every_phase_in_turn_a_run_is_the_undisturbed_one_and_buys_not
 
 
 def test_killed_at_any_time_a_run_is_the_undisturbed_one(campaign: Campaign) -> None:
-    draw = random.Random(0)
-    outcome = campaign.survive([at_any_time(draw, campaign.undisturbed) for _ in range(3)])
+    draw, seconds = random.Random(0), campaign.undisturbed.seconds
+    # a resumed process has less to do, and the machine may be faster now
+    outcome = campaign.survive([Kill(kind="time", after_s=draw.uniform(0.0, 0.4 * seconds)) for _ in range(3)])
     assert outcome.problems == []
     assert outcome.num_kills >= 1
+
+
+@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_ctrl_c_once_finishes_the_step_and_saves_and_twice_leaves_the_last_checkpoint_valid(
+    times: int, campaign: Campaign, judge: CountingJudge
+) -> None:
+    """In the third step, while verdicts are waited for; the last checkpoint is of the second."""
+    usual = judge.settings
+
+    def slow_down() -> None:
+        judge.settings = replace(usual, delay_s=0.3)  # so that there is time to press it twice
+
+    occurrence = 1 + [phase for phase, _ in _until_step(campaign, 2)].count("rollout")
+    try:
+        code, said, run_dir = campaign.interrupt(
+            f"ctrl-c-{times}", times=times, phase="rollout", occurrence=occurrence, then=slow_down
+        )
+    finally:
+        judge.settings = usual
+    assert code == 130, said
+    saved = {1: 3, 2: 2}[times]
+    assert latest_checkpoint(run_dir).step == saved
+    assert _num_lines(run_dir) == saved
+    assert ("stopped at once" in said) == (times == 2)
+    assert f"grpo train {run_dir} --resume" in said.replace("\n", "")
+    assert campaign.finish(run_dir) == []
+
+
+def _until_step(campaign: Campaign, step: int) -> list[tuple[str, float]]:
+    """Phases of the undisturbed run up to the end of a step: its optimizer's."""
+    phases = campaign.undisturbed.phases
+    ends = [place for place, (phase, _) in enumerate(phases) if phase == "optimizer"]
+    return phases[: ends[step - 1]]
 
 
 def test_the_comparison_would_notice_a_changed_weight_a_lost_line_and_another_metric(
