@@ -15,7 +15,7 @@ from grpo.command_arguments import Overrides, check_writable, recipe_of
 def verify(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, a YAML file, or a run directory.")],
     overrides: Overrides = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Sample and score at most so many of the first step's.")] = 8,
+    prompts: Annotated[int, typer.Option(min=1, help="Sample and score so many.")] = 8,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the findings to this file.")] = None,
 ) -> None:
     """Try a recipe out on its real model and one real batch: gradients, step, engine, rewards. Writes nothing."""

@@ -219,7 +219,7 @@ class _Found(Exception):
 
 
 class _Probe:
-    """Tries out what depends on what, by changing it. Passes run without gradient and record nothing."""
+    """Tries out what depends on what, by changing it."""
 
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
         self._modules = dict(model.named_modules())
@@ -267,7 +267,7 @@ class _Probe:
             marked.update(id(tensor) for tensor in floating if tensor.requires_grad)
             return change(module, args, kwargs) if changes_input else None
 
-        with self._hooked(call, before=before, after=stop, sees_kwargs=True), torch.enable_grad():
+        with self._hooked(call, before=before, after=stop, sees_kwargs=True):
             try:
                 self._loss()
             except _Found as found:
@@ -276,9 +276,8 @@ class _Probe:
                 return None
         return None
 
-    @torch.no_grad()
     def _run(self) -> float:
-        return float(self._loss())
+        return float(self._loss().detach())  # with gradients on: a loss may refuse to be without
 
     @contextlib.contextmanager
     def _hooked(self, call: Call, *, after: Any, before: Any = None, sees_kwargs: bool = False) -> Iterator[None]:

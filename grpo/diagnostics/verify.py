@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from itertools import zip_longest
 
 from grpo.config import EvalConfig, ObjectiveConfig, RunConfig
 from grpo.diagnostics.checks.accumulation import check_accumulation
@@ -19,16 +20,19 @@ from grpo.preflight import RunParts, open_run
 from grpo.runtime.policy import dropout_off
 from grpo.runtime.seeding import derived_seed
 from grpo.scoring import PendingScores
-from grpo.types import ScoredGroup
+from grpo.types import Prompt, ScoredGroup
 
 Note = Callable[[str], None]
+
+STEPS_LOOKED_AT = 16
+"""Steps whose prompts are searched for one of every objective."""
 
 
 def verify(config: RunConfig, *, num_prompts: int = 8, note: Note = lambda _: None) -> list[Finding]:
     """Open the run, sample and score its first prompts, and look.
 
     Args:
-        num_prompts: at most so many of the first step's.
+        num_prompts: at most so many of the first steps', and of each objective if there are any.
         note: is told what is being done.
     Raises:
         InputError: the recipe or what it names cannot be used.
@@ -93,9 +97,22 @@ def _trainer_checks(subject: Subject) -> list[Finding]:
         return [*flow, *found, *numbers]
 
 
+def _first_prompts(config: RunConfig, parts: RunParts, num_prompts: int) -> list[Prompt]:
+    """In turn from those of each set of objectives, so that a few prompts show all of them."""
+    by_objectives: dict[tuple[str, ...], dict[str, Prompt]] = {}
+    for step in range(1, STEPS_LOOKED_AT + 1):
+        for prompt in parts.prompts.batch(step):
+            by_objectives.setdefault(prompt.objectives, {}).setdefault(prompt.id, prompt)
+        covered = {name for names in by_objectives for name in names}
+        if covered.issuperset(config.objectives) and sum(map(len, by_objectives.values())) >= num_prompts:
+            break
+    turns = zip_longest(*(own.values() for own in by_objectives.values()))
+    return [prompt for turn in turns for prompt in turn if prompt is not None][:num_prompts]
+
+
 def _scored(config: RunConfig, parts: RunParts, num_prompts: int) -> list[ScoredGroup]:
-    """The groups of the first step's first prompts, as the trainer would sample and score them."""
-    prompts = parts.prompts.batch(1)[:num_prompts]
+    """Groups of the first prompts, as the trainer would sample and score them."""
+    prompts = _first_prompts(config, parts, num_prompts)
     parts.scorer.begin_step(1)
     sampled = parts.engine.sample(
         parts.encode(prompts),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -61,9 +61,9 @@ def check_found(model: nn.Module, loss: Callable[[], Tensor], place: str, kind: 
         assert "cut_models.py:" in flow.cuts[0].operation  # the line that did it
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_every_kind_of_cut_is_found_and_placed(name: str) -> None:
-    model, loss, harmful, _ = sorted_by_harm(name, "no_grad", limit=16)
+    model, loss, harmful, _ = sorted_by_harm(name, "no_grad", limit=12)
     assert len(harmful) >= len(KINDS)
     for place, kind in zip(harmful, KINDS, strict=False):
         check_found(model, loss, place, kind)
@@ -82,7 +82,7 @@ def test_cuts_at_twenty_random_modules_are_all_found_and_placed(name: str, kind:
 def harmless_places(
     kind: str, *, limit: int | None = None
 ) -> Iterator[tuple[str, nn.Module, Callable[[], Tensor], list[str]]]:
-    for name in ARCHITECTURES:
+    for name in names:
         model, loss, _, harmless = sorted_by_harm(name, kind, limit=limit)
         yield name, model, loss, harmless
 
@@ -94,7 +94,7 @@ def check_no_alarm(model: nn.Module, loss: Callable[[], Tensor], place: str, kin
 
 
 def test_harmless_cuts_raise_no_alarm() -> None:
-    for _, model, loss, places in harmless_places("no_grad", limit=8):
+    for _, model, loss, places in harmless_places("no_grad", names=["qwen3"], limit=8):
         for place in places[:2]:
             check_no_alarm(model, loss, place, "no_grad")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from grpo.batching import TrainBatch
-from grpo.diagnostics.checks.subject import Subject, undone
+from grpo.diagnostics.checks.subject import Subject, undone, with_made_up_scores
 from grpo.diagnostics.findings import Finding
 from grpo.update.step import Updater
 
@@ -24,6 +24,8 @@ NUM_MICRO_BATCHES = 4
 """At most so many; more show no other faults."""
 MAX_ENTRIES = 2**20
 """So many entries of a gradient are compared, spread evenly over it."""
+NEGLIGIBLE = 1e-3
+"""A micro-batch's gradient so much smaller than the largest tells nothing of how often it counts."""
 TOLERANCE = 0.02
 """Of a coefficient."""
 MAX_GAP = {torch.float32: 1e-3}
@@ -52,25 +54,34 @@ def check_accumulation(subject: Subject) -> Iterator[Finding]:
     updater, sums = subject.parts.updater, subject.config.update.gradients.method == "sum"
     # what another method makes of several objectives is no sum
     names = () if sums else subject.teaching[0].rollout.prompt.objectives[:1]
-    groups = subject.teaching if sums else subject.teaching[:1]
+    # made-up scores differ from row to row: a micro-batch whose gradient is 0 would show nothing
+    groups = [with_made_up_scores(group) for group in (subject.teaching if sums else subject.teaching[:1])]
     whole = subject.batch(groups, micro_batch_tokens=2**40, objectives=names)
     if whole.num_rows < 2:
-        yield Finding(
-            check=CHECK,
-            status="warning",
-            what="not judged: fewer than two completions to train on",
-            meaning="one micro-batch cannot show how several are added up",
-            remedy="look at why so few completions are left (empty ones, or truncated ones that are masked)",
-        )
+        yield _not_judged("fewer than two completions to train on")
         return
     batch = _in_parts(subject, groups, names, whole)
     parts = [_own_gradient(updater, loss) for loss in subject.losses(batch)]
+    sizes = [float(part.norm()) for part in parts]
+    if not min(sizes) > NEGLIGIBLE * max(sizes):
+        yield _not_judged("a micro-batch has no gradient of its own: its completions are all alike")
+        return
     found = accumulated(updater, batch, parts, max_grad_norm=subject.config.optim.max_grad_norm)
     large = next(_own_gradient(updater, loss) for loss in subject.losses(whole))
     total = torch.stack(parts).sum(dim=0)
     gap = float((total - large).norm() / large.norm().clamp(min=1e-30))
     most = MAX_GAP.get(subject.parts.policy.compute_dtype, ROUNDED_GAP)
     yield judge_accumulation(found, num_tokens=[one.num_tokens for one in batch.micro_batches], gap=gap, max_gap=most)
+
+
+def _not_judged(why: str) -> Finding:
+    return Finding(
+        check=CHECK,
+        status="warning",
+        what=f"not judged: {why}",
+        meaning="how micro-batches are added up is not seen",
+        remedy="verify other prompts (seed=1), with a higher rollout.temperature or more rollout.max_new_tokens",
+    )
 
 
 def judge_accumulation(found: Accumulated, *, num_tokens: Sequence[int], gap: float, max_gap: float) -> Finding:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from grpo.config import LoraTrainable
 from grpo.diagnostics.checks.subject import Subject
 from grpo.diagnostics.findings import Finding
@@ -20,8 +18,7 @@ def check_gradient_flow(subject: Subject) -> Iterator[Finding]:
     """Two micro-steps over one micro-batch of the recipe's size."""
     policy = subject.parts.policy
     loss, *_ = subject.losses(subject.batch(subject.teaching[:1]))
-    with torch.no_grad():
-        loss()  # from here on the old policy is the one that sampled, and the loss's value moves with the model
+    loss()  # from here on the old policy is the one that sampled, and the loss's value moves with the model
     flow = gradient_flow(policy.model, loss)
     yield from judge_flow(flow, policy, is_lora=isinstance(subject.config.trainable, LoraTrainable))
 

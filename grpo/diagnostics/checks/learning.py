@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo.batching import MicroBatch, TrainBatch
+from grpo.diagnostics.checks.numbers import judge_resolution
 from grpo.diagnostics.checks.subject import Subject, undone
 from grpo.diagnostics.findings import Finding
 from grpo.runtime.policy import dropout_off
@@ -17,8 +18,8 @@ from grpo.update.kl import kl_penalty
 from grpo.update.step import UpdateStats
 
 CHECK = "it learns"
-LARGER = 10.0
-"""The same step, so much larger, is looked at where the true one is lost in rounding."""
+LARGER, SMALLER = 10.0, 0.1
+"""The same step, so many times as large, is looked at too: the true one may be lost in rounding, or overshoot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,14 +38,19 @@ class StepEffect:
     gain: float
     """Mean over loss tokens of advantage times change of log-probability, in nats: what the policy gradient raises."""
     gain_if_larger: float
-    """The same for a step LARGER times as far."""
+    """The same for a step LARGER times as large."""
+    gain_if_smaller: float
+    """The same for a step SMALLER times as large."""
     skipped: str
     """Why no step was taken; empty where one was."""
 
 
 def check_learning(subject: Subject) -> Iterator[Finding]:
     """One step at the recipe's full learning rate."""
-    yield from judge_effect(step_effect(subject), has_made_up_scores=subject.has_made_up_scores)
+    effect = step_effect(subject)
+    yield from judge_effect(effect, has_made_up_scores=subject.has_made_up_scores)
+    if effect.num_moved:
+        yield judge_resolution(effect.lost_in_bfloat16)
 
 
 def step_effect(subject: Subject) -> StepEffect:
@@ -59,10 +65,12 @@ def step_effect(subject: Subject) -> StepEffect:
         after = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         moves = {name: after[name] - before[name] for name in parameters}
         kl, gain = _kl(subject, batch), _gain(batch, old, _logprobs(subject, batch))
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(before[name] + LARGER * moves[name])
-        gain_if_larger = _gain(batch, old, _logprobs(subject, batch))
+        others: list[float] = []
+        for scale in (LARGER, SMALLER):
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(before[name] + scale * moves[name])
+            others.append(_gain(batch, old, _logprobs(subject, batch)))
     moved = [name for name, move in moves.items() if bool(move.any())]
     num_entries = sum(int((moves[name] != 0).sum()) for name in moved)
     num_lost = sum(
@@ -75,7 +83,8 @@ def step_effect(subject: Subject) -> StepEffect:
         lost_in_bfloat16=num_lost / num_entries if num_entries else 0.0,
         kl=kl,
         gain=gain,
-        gain_if_larger=gain_if_larger,
+        gain_if_larger=others[0],
+        gain_if_smaller=others[1],
         skipped=stats.skipped.cause if stats.skipped else "",
     )
 
@@ -85,7 +94,16 @@ def judge_effect(effect: StepEffect, *, has_made_up_scores: bool) -> Iterator[Fi
     source = ", with made-up scores" if has_made_up_scores else ""
     figures = {
         name: getattr(effect, name)
-        for name in ("num_moved", "num_tensors", "largest_move", "kl", "gain", "gain_if_larger", "skipped")
+        for name in (
+            "num_moved",
+            "num_tensors",
+            "largest_move",
+            "kl",
+            "gain",
+            "gain_if_larger",
+            "gain_if_smaller",
+            "skipped",
+        )
     }
     moved = f"{effect.num_moved} of {effect.num_tensors} tensors moved"
     if effect.skipped:
@@ -124,7 +142,16 @@ def judge_effect(effect: StepEffect, *, has_made_up_scores: bool) -> Iterator[Fi
         )
     elif effect.gain > 0:
         yield Finding(check=CHECK, status="ok", what=what, figures=figures)
-    elif effect.gain_if_larger > 0:
+    elif effect.gain_if_smaller > 0 and effect.gain < -effect.gain_if_smaller:
+        yield Finding(
+            check=CHECK,
+            status="warning",
+            what=f"{what}; {effect.gain_if_smaller:+.1e} with a step {SMALLER:g} times as large",
+            meaning="the step overshoots: it goes the right way, and too far",
+            remedy=f"lower optim.learning_rate to {SMALLER:g} of what it is",
+            figures=figures,
+        )
+    elif effect.gain_if_larger > LARGER * abs(effect.gain):
         yield Finding(
             check=CHECK,
             status="warning",

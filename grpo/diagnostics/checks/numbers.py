@@ -45,9 +45,8 @@ def check_pass(model: nn.Module, loss: Callable[[], Tensor]) -> Iterator[Finding
     if fault is not None:
         yield fault
         return
-    place = first_non_finite_module(model, loss)
-    value = float(loss().detach())
-    if place == NOWHERE and torch.isfinite(torch.tensor(value)):
+    place = first_non_finite_module(model, lambda: _with_a_graph(model, loss()))
+    if place == NOWHERE and bool(torch.isfinite(loss().detach())):
         yield Finding(
             check=CHECK,
             status="ok",
@@ -110,6 +109,13 @@ def explain_in_place(message: str, trace: Trace) -> Finding | None:
     )
 
 
+def _with_a_graph(model: nn.Module, value: Tensor) -> Tensor:
+    """A loss that no parameter is reached from has its forward pass looked at all the same."""
+    if value.requires_grad:
+        return value
+    return value + 0 * next(parameter for parameter in model.parameters() if parameter.requires_grad).reshape(-1)[0]
+
+
 def judge_resolution(lost: float) -> Finding:
     """Args: lost: share of the entries that a step moved whose new value bfloat16 cannot tell from the old."""
     return Finding(
@@ -133,10 +139,10 @@ def _instead(write: InPlaceWrite | None) -> str:
     name = write.name if write else ""
     if name == "__setitem__":
         return "use torch.where, index_put or masked_fill, which give a new tensor, or write into x = x.clone()"
-    if name.startswith("__i"):
-        return f"write x = x {_OPERATORS.get(name, '+')} y instead of x {_OPERATORS.get(name, '+')}= y"
+    if name in _OPERATORS:  # torch calls x += y by the method's name
+        return f"write x = x {_OPERATORS[name]} y instead of x {_OPERATORS[name]}= y or x.{name}(y)"
     plain = name.rstrip("_") or "the operation without its underscore"
     return f"write x = x.{plain}(...) instead of x.{name or '..._'}(...), or write into a clone"
 
 
-_OPERATORS = {"__iadd__": "+", "__isub__": "-", "__imul__": "*", "__itruediv__": "/"}
+_OPERATORS = {"add_": "+", "sub_": "-", "mul_": "*", "div_": "/"}

@@ -10,6 +10,8 @@ from grpo.diagnostics.findings import Finding
 from grpo.types import ScoredGroup
 
 CHECK = "signal"
+ENOUGH = 32
+"""Completions that all score alike within their groups by more than chance."""
 FLAT_MOST = 0.5
 """Above this share of groups without any variance most of the sampling is for nothing."""
 MISSING_MOST = 0.1
@@ -59,7 +61,7 @@ def judge_spread(name: str, scores: Sequence[Sequence[float | None]]) -> Finding
         "groups": len(scores),
         "unscored": missing,
     }
-    if flat == len(scores):
+    if flat == len(scores) and count >= ENOUGH:
         return Finding(
             check=CHECK,
             status="failed",

@@ -98,7 +98,7 @@ class Subject:
 def make_subject(config: RunConfig, parts: RunParts, groups: Sequence[ScoredGroup]) -> Subject:
     """Args: groups: of the first step's prompts, scored."""
     teaching = _one_of_each_objective([group for group in groups if teaches_something(group)])
-    made_up = () if teaching else tuple(_with_made_up_scores(group) for group in groups[:NUM_TEACHING])
+    made_up = () if teaching else tuple(with_made_up_scores(group) for group in groups[:NUM_TEACHING])
     return Subject(
         config=config,
         parts=parts,
@@ -118,7 +118,7 @@ def _one_of_each_objective(groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
     return [*chosen, *others[: NUM_TEACHING - len(chosen)]]
 
 
-def _with_made_up_scores(group: ScoredGroup) -> ScoredGroup:
+def with_made_up_scores(group: ScoredGroup) -> ScoredGroup:
     """Every second of its different completions is the better one: what is tried out does not depend on the reward."""
     completions = group.rollout.completions
     ranks = {token_ids: rank for rank, token_ids in enumerate(sorted({one.token_ids for one in completions}))}
