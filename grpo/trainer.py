@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ from grpo.checkpoint import Checkpoint, RunState
 from grpo.collection import collect, seal
 from grpo.config import RunConfig, WarmupConfig
 from grpo.errors import RunStopped, StorageError, TooAlarming
-from grpo.evaluate import Answer, bias_of, compare, evaluate, examples, summarise
+from grpo.held_out import HeldOut
 from grpo.keeping import Keeper
 from grpo.phases import Announce, Phase, silent
 from grpo.preflight import RunParts, open_run
@@ -36,6 +35,7 @@ from grpo.runtime.seeding import derived_seed
 from grpo.step_gate import StepGate
 from grpo.step_report import StepReport, check_can_go_on, report_step
 from grpo.stopwatch import Stopwatch
+from grpo.title import title_rows
 from grpo.trackers import BackgroundTrackers, Tracker, open_trackers
 
 
@@ -239,7 +239,9 @@ class Trainer:
             self._interrupted = interrupted
             for alarm in learning_rate_alarms(config.trainable, config.optim):
                 self._warn(alarm.text)
-            before = self._before(done, checkpoint)
+            held_out = HeldOut(config, self.parts, directory, self._keeper.journal, begin=self._begin, note=self._note)
+            # step 0 of a run with a warm-up is the warmed-up model
+            before = held_out.before(is_untrained=done == 0 and (checkpoint is None or config.warmup is None))
             if checkpoint is None and config.warmup is not None:
                 self._warm_up(config.warmup, lambda: self._ranks.any(interrupted.is_set()))
             self._check_engine(done)
@@ -268,14 +270,16 @@ class Trainer:
                 if done % config.checkpoint.every == 0:
                     checkpoint = self._saved(done, checkpoint)
             checkpoint = self._saved(done, checkpoint)
-            needs_evaluation = config.eval.after and "after" not in self._read_eval()
+            needs_evaluation = config.eval.after and "after" not in held_out.read()
             if done == config.steps and needs_evaluation and not self._ranks.any(interrupted.is_set()):
-                self._evaluate("after", before)
+                held_out.evaluate("after", before)
+                for alarm in unmoved(held_out.read()) if before is not None else []:
+                    self._warn(alarm.text)
                 needs_evaluation = False
         return RunResult(
             run_dir=directory.path,
             checkpoint=checkpoint,
-            evaluation=self._read_eval(),
+            evaluation=held_out.read(),
             was_interrupted=done < config.steps or needs_evaluation,
         )
 
@@ -313,9 +317,6 @@ class Trainer:
         """The last checkpoint where it is this step's, else a new one."""
         state = RunState(skipped_in_a_row=self._gate.skipped_in_a_row, stuck_betas=tuple(sorted(self._stuck)))
         return self._keeper.save(step, checkpoint, self.parts, state)
-
-    def _read_eval(self) -> dict[str, Any]:
-        return self._ranks.on_main(self._directory.read_eval)
 
     def _warm_up(self, config: WarmupConfig, should_stop: Callable[[], bool]) -> None:
         """Raises KeyboardInterrupt where it was stopped: half a warm-up is nothing that a run could go on from."""
@@ -359,46 +360,6 @@ class Trainer:
             for name in sorted(new)
         ]
 
-    def _before(self, done: int, checkpoint: Checkpoint | None) -> list[Answer] | None:
-        """Held-out answers of the untrained policy: made now, or read back in a resumed run."""
-        if not self.config.eval.before:
-            return None
-        prompts = [encoded.prompt for encoded in self._held_out()]
-        saved = {entry["id"]: entry for entry in self._read_eval().get("answers", {}).get("before", [])}
-        if saved.keys() == {prompt.id for prompt in prompts}:
-            return [_answer_from(saved[prompt.id], prompt) for prompt in prompts]
-        if done == 0 and (checkpoint is None or self.config.warmup is None):  # step 0 of others is the warmed-up model
-            return self._evaluate("before", None)
-        why = (
-            f"the answers before training are to {len(saved)} held-out prompts, now there are {len(prompts)} or others"
-            if saved
-            else "eval.before was not made before this run was interrupted"
-        )
-        self._note(f"{why}; there will be no difference")
-        return None
-
-    def _evaluate(self, when: str, before: list[Answer] | None) -> list[Answer]:
-        self._note(f"evaluating on held-out prompts {when} training")
-        parts = self.parts
-        self._begin("eval", when)
-        answers = evaluate(parts.engine, parts.eval_scorer, self._held_out(), params=parts.params, ranks=self._ranks)
-        evaluation = self._read_eval()
-        evaluation[when] = summarise(answers)
-        if bias := bias_of(answers):
-            evaluation.setdefault("bbq", {})[when] = bias
-        evaluation.setdefault("answers", {})[when] = [_entry_of(answer) for answer in answers]
-        if before is not None:
-            evaluation["difference"] = compare(before, answers)
-            evaluation["examples"] = examples(before, answers)
-            for alarm in unmoved(evaluation):
-                self._warn(alarm.text)
-        self._ranks.on_main(lambda: self._directory.write_eval(evaluation))
-        self._ranks.on_main(lambda: self._keeper.journal.forget(f"eval-{when}"))
-        return answers
-
-    def _held_out(self) -> list[Any]:
-        return self.parts.encode(self.parts.prompts.held_out(self.config.eval.num_prompts))
-
     def _note(self, text: str) -> None:
         if self._observer:
             self._observer.note(text)
@@ -406,37 +367,3 @@ class Trainer:
     def _warn(self, text: str) -> None:
         if self._observer:
             self._observer.warn(text)
-
-
-def title_rows(config: RunConfig, parts: RunParts) -> list[tuple[str, str]]:
-    """The facts that a run prints before its first step."""
-    learning = parts.policy.trainable_parameters()
-    count, total = sum(p.numel() for p in learning.values()), parts.policy.num_parameters()
-    batch = config.prompts.per_step * config.rollout.group_size
-    return [
-        ("version", f"grpo-toolkit {version('grpo-toolkit')}"),
-        (
-            "model",
-            f"{config.model} on {parts.policy.device}, products in {parts.policy.compute_dtype}".replace("torch.", ""),
-        ),
-        ("trainable", f"{count:,} of {total:,} parameters ({count / total:.2%}) in {len(learning)} tensors, float32"),
-        (
-            "end tokens",
-            ", ".join(f"{i} {parts.tokenizer.convert_ids_to_tokens(i)}" for i in parts.params.end_token_ids),
-        ),
-        (
-            "effective batch",
-            f"{config.prompts.per_step} prompts x {config.rollout.group_size} completions = {batch} rows",
-        ),
-        ("processes", str(parts.ranks.count)),
-        ("objectives", ", ".join(config.objectives)),
-        ("run directory", str(config.output_dir)),
-    ]
-
-
-def _entry_of(answer: Answer) -> dict[str, Any]:
-    return {"id": answer.prompt.id, "completion": answer.completion, "scores": dict(answer.scores)}
-
-
-def _answer_from(entry: Mapping[str, Any], prompt: Any) -> Answer:
-    return Answer(prompt=prompt, completion=entry["completion"], scores=entry["scores"])

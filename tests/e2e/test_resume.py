@@ -349,6 +349,20 @@ def test_a_reward_that_draws_from_the_global_generators_draws_the_same_after_a_k
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
+def test_a_strict_run_is_the_default_one_on_a_cpu_and_cannot_be_resumed_as_such(
+    make_config: Callable[..., RunConfig],
+) -> None:
+    prompts = {"group_size": 4, "max_new_tokens": 8, "top_p": 0.9, "top_k": 50}
+    strict = run(make_config("strict", steps=2, determinism="strict", rollout=prompts)).run_dir
+    whole = run(make_config("whole", steps=2, rollout=prompts)).run_dir
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert what_was_learned(strict) == what_was_learned(whole)
+    ours, theirs = tensors_of(strict), tensors_of(whole)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    with pytest.raises(ConfigError, match="determinism was 'strict', now 'default'"):
+        run(make_config("strict", steps=3, rollout=prompts), resume=True)
+
+
 def drawn() -> dict[str, Any]:
     return {"rewards": [{"name": "resume_test_rewards:drawn"}], "beta": {"type": "fixed", "value": 0.05}}
 
