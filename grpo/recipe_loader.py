@@ -280,7 +280,7 @@ def _nearest_key(location: Sequence[str]) -> str:
     *parents, name = location
     path = _without_tags(parents)
     siblings = _keys(_models_at(RunConfig, parents))
-    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.51)
     if close:
         return ".".join([*path, close[0]])
     if parents != path and (others := [m for m in _models_at(RunConfig, path) if name in m.model_fields]):
