@@ -338,14 +338,6 @@ def test_a_caller_who_stops_listening_ends_what_the_server_does(
     assert len(sample(engine, prompts[:1], PARAMS)) == 1
 
 
-def test_a_processor_that_the_server_was_not_started_with_is_refused(
-    engine: VllmServerEngine, prompts: list[EncodedPrompt]
-) -> None:
-    hostile = replace(PARAMS, custom=(("grpo.rollout.processors:BannedSequences", "{}"),))
-    with pytest.raises((EngineError, ConfigError)):
-        sample(engine, prompts[:1], hostile, k=1)
-
-
 def test_a_run_trains_through_the_server(
     server: RunningServer, smollm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
