@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from grpo.config import RunConfig
-from grpo.durable_files import append_lines, cut_last_lines, write_atomically
+from grpo.durable_files import append_lines, cut_last_lines, fsync_folder, write_atomically
 from grpo.errors import ConfigError, StorageError
 from grpo.metrics import append_metrics, is_json_object, iter_json_lines, read_metrics
 from grpo.phases import Phase
@@ -57,11 +59,18 @@ class RunDirectory:
             raise ConfigError(f"output_dir {self.path} cannot be made: {parent} is no folder that can be written to.")
 
     def create(self, config: RunConfig) -> None:
-        """Make the folder and write the resolved config. Raises ConfigError."""
+        """Make the folder with the resolved config in it. Raises ConfigError.
+
+        It gets its name when the config is there: one without could neither be resumed nor be begun anew.
+        """
+        temporary = self.path.with_name(f".{self.path.name}-{uuid.uuid4().hex}")
         try:
-            self.path.mkdir(parents=True)
-            write_atomically(self.path / "config.yaml", dump_config(config).encode())
+            temporary.mkdir(parents=True)
+            write_atomically(temporary / "config.yaml", dump_config(config).encode())
+            os.rename(temporary, self.path)
+            fsync_folder(self.path.parent)
         except (OSError, StorageError) as exc:
+            shutil.rmtree(temporary, ignore_errors=True)
             raise ConfigError(f"output_dir {self.path} cannot be written: {exc}") from exc
 
     def lock(self) -> None:

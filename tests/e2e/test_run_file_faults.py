@@ -38,12 +38,8 @@ def check_same(run_dir: Path, whole: Path) -> None:
 
 def finish(runs: Runs, run_dir: Path) -> None:
     """Go on, or begin where nothing was begun."""
-    if not (run_dir / "config.yaml").exists():  # then nothing that cost anything may be there
-        assert not list(run_dir.glob("**/*.jsonl")) + list(run_dir.glob("checkpoints/*"))
-        shutil.rmtree(run_dir, ignore_errors=True)
-        runs.run(run_dir.name, **CHANGES)
-    else:
-        runs.run(run_dir.name, resume=True, **CHANGES)
+    assert run_dir.exists() == (run_dir / "config.yaml").exists(), "a folder in which no run can be started"
+    runs.run(run_dir.name, resume=run_dir.exists(), **CHANGES)
 
 
 def first_writes(operations: Sequence[Operation]) -> list[Operation]:

@@ -6,10 +6,15 @@ import json
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from file_faults import failing
+from kill_harness.file_operations import Operation
 
 from grpo.config import RunConfig
 from grpo.errors import ConfigError, InputError
@@ -51,6 +56,23 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 # --- a new run
+
+
+def test_a_kill_while_the_folder_is_made_leaves_none_or_one_with_its_config(tmp_path: Path) -> None:
+    def kill(operation: Operation, call: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        raise KeyboardInterrupt
+
+    seen: list[bool] = []
+    for number in count(1):
+        folder = tmp_path / str(number)
+        with failing(folder, number, kill) as met, suppress(KeyboardInterrupt):
+            make_run(folder)
+        seen.append((folder / "run").exists())
+        assert seen[-1] == (folder / "run" / "config.yaml").exists()
+        if not met:
+            break
+    assert seen == sorted(seen)
+    assert seen.count(False) > 5
 
 
 def test_an_existing_directory_is_refused_and_both_ways_out_are_told(tmp_path: Path) -> None:
