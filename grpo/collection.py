@@ -62,6 +62,8 @@ def collect(
     """
     sealed = parts.ranks.on_main(journal.sealed)
     if sealed is not None:
+        for stage in ("rollout", "judge_wait"):
+            stopwatch.add(stage, 0.0)  # neither took any time, and a line of metrics has its every key
         return Collected(
             groups=sealed.groups,
             own=_own_places(parts.ranks, len(sealed.groups)),

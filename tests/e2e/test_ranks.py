@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from grpo.checkpoint import list_checkpoints
 from grpo.errors import ConfigError, RunStopped
+from grpo.phases import Phase
 from grpo.recipe_loader import parse_recipe
 from grpo.step_report import StepReport
 from grpo.trainer import Trainer
@@ -171,6 +172,39 @@ def test_a_run_of_one_process_goes_on_in_two_and_back_again(
         assert answer[0] is False
     train(recipe_of(tmp_path, tiny_model_dir, "changing", steps=6), str(tmp_path), True)
     check_same(tmp_path / "changing", tmp_path / "whole")
+
+
+def train_until_killed(recipe: dict[str, Any], folder: str, phase: Phase) -> None:
+    """Both ranks are killed in this phase of the second step."""
+    seen: list[Phase] = []
+
+    def announce(now: Phase) -> None:
+        seen.append(now)
+        if seen.count(phase) == 2:
+            raise KeyboardInterrupt  # caught by nobody, and no rank waits for another any more
+
+    config = parse_recipe(recipe, base_dir=Path(folder), source="recipe.yaml")
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config, announce=announce).run()
+
+
+def test_a_run_of_two_ranks_that_was_killed_goes_on_from_both_journals(
+    two: RankPair, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    two.run(train, recipe_of(tmp_path, tiny_model_dir, "whole", steps=3), str(tmp_path))
+    killed = recipe_of(tmp_path, tiny_model_dir, "killed", steps=3)
+    for answer in two.run(train_until_killed, killed, str(tmp_path), "optimizer"):
+        assert answer is None
+    journal = {path.name: path.read_bytes() for path in (tmp_path / "killed" / "journal").glob("step-*")}
+    assert sorted(journal) == [f"step-{step}.rank-{rank}.jsonl" for step in (1, 2) for rank in (0, 1)]
+    for answer in two.run(train, killed, str(tmp_path), True):
+        assert answer[0] is False
+    whole, resumed = (tmp_path / name for name in ("whole", "killed"))
+    check_same(resumed, whole)
+    ours, theirs = (
+        list_checkpoints(run)[-1].folder / "policy" / "adapter_model.safetensors" for run in (resumed, whole)
+    )
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 # --- errors

@@ -233,8 +233,10 @@ def test_a_run_that_is_killed_in_every_phase_one_after_the_other_is_the_uninterr
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert what_was_learned(config.output_dir) == what_was_learned(whole)
-    # the reward of `long` was asked once per group that was not replayed: nothing twice
-    assert num_asked(tmp_path) == 2 * asked_at_once
+    rows, other_rows = (lines_of(folder / "metrics.jsonl") for folder in (config.output_dir, whole))
+    assert [row.keys() for row in rows] == [row.keys() for row in other_rows]  # the times' keys too
+    # of the reward of `long`, nothing twice but what was in flight at the kill while judging: a step has two groups of it
+    assert 0 <= num_asked(tmp_path) - 2 * asked_at_once <= 2
 
 
 def test_a_run_is_saved_by_what_its_journal_holds_though_neither_engine_nor_reward_would_answer_alike(
