@@ -235,7 +235,7 @@ def test_a_run_that_is_killed_in_every_phase_one_after_the_other_is_the_uninterr
     assert what_was_learned(config.output_dir) == what_was_learned(whole)
     rows, other_rows = (lines_of(folder / "metrics.jsonl") for folder in (config.output_dir, whole))
     assert [row.keys() for row in rows] == [row.keys() for row in other_rows]  # the times' keys too
-    # of the reward of `long`, nothing twice but what was in flight at the kill while judging: a step has two groups of it
+    # of the reward of `long`, nothing twice but what was in flight at the kill while judging: two groups of a step
     assert 0 <= num_asked(tmp_path) - 2 * asked_at_once <= 2
 
 
