@@ -7,6 +7,8 @@ from importlib.metadata import version
 from grpo.config import RunConfig
 from grpo.preflight import RunParts
 
+STRICT = "strict: deterministic kernels only; what that costs is seen in time/update_s and time/rollout_s"
+
 
 def title_rows(config: RunConfig, parts: RunParts) -> list[tuple[str, str]]:
     """(what, fact), in the order in which they are shown."""
@@ -29,6 +31,7 @@ def title_rows(config: RunConfig, parts: RunParts) -> list[tuple[str, str]]:
             f"{config.prompts.per_step} prompts x {config.rollout.group_size} completions = {batch} rows",
         ),
         ("processes", str(parts.ranks.count)),
+        *([("determinism", STRICT)] if config.determinism == "strict" else []),
         ("objectives", ", ".join(config.objectives)),
         ("run directory", str(config.output_dir)),
     ]
