@@ -34,7 +34,7 @@ def plan_figure(plan: MemoryPlan) -> bytes:
     ax.invert_yaxis()
     ax.set_xlabel("GiB")
     ax.set_title(f"{plan.shape.model_type}, {plan.shape.parameters / 1e6:,.0f}M parameters, {plan.dtype}")
-    ax.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return _png(figure)
 
 

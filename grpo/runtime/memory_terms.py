@@ -253,12 +253,14 @@ class Terms:
         return total
 
     def expanded_prompts(self) -> int:
-        """Keys and values of a micro-batch while its completions are computed; each prompt's once per completion."""
+        """Keys and values of a micro-batch while its completions are computed; each prompt's once per completion. Where
+        all weights learn, positions turn the keys in float32."""
         if not self.shape.shares_prompts:
             return 0
         rows = self.rows
         tokens = rows.rows * (rows.prompt_tokens + rows.completion_tokens - 1)
-        return 2 * tokens * self.shape.kv_size * self.width * self.shape.layers
+        widths = self.width + (FULL if self.is_full else self.width)
+        return tokens * self.shape.kv_size * widths * self.shape.layers
 
     def states(self) -> int:
         """The last hidden states that predict, gathered for the head."""
@@ -275,6 +277,8 @@ class Terms:
         block = self._forward(rows * tokens, rows, 0)
         scores = rows * self.shape.heads * tokens * attended * (2 * FULL) if self.is_plain_attention() else 0
         scores += 2 * rows * attended * self.shape.query_size * self.width
+        # queries before and after they are turned, keys and values, the residual and what is normed
+        scores += rows * tokens * 2 * (self.shape.query_size + self.shape.kv_size + self.shape.hidden) * self.width
         return max(self.expanded_prompts() + max(block, scores), self.states() + self.logits(has_filters=False))
 
     def update_pass(self) -> int:
@@ -283,7 +287,8 @@ class Terms:
         saved, states = self.saved(), self.states()
         has_filters = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
         head_gradient = FULL * shape.head_parameters if self.is_full else 0
-        head_slopes = 0 if self.is_full else self.rows.loss_tokens * shape.hidden * FULL
+        # a frozen head's slopes; of one that learns, its input, the gradient by it, and that by the states
+        head_slopes = self.rows.loss_tokens * shape.hidden * FULL * (3 if self.is_full else 1)
         rows, tokens, _ = self.passes()[-1]
         backward = rows * tokens * (2 * shape.intermediate * self.width + 2 * shape.hidden * FULL)
         own_gradient = FULL * self.learning

@@ -262,6 +262,7 @@ class _LearningHead(torch.autograd.Function):
                 _add_product(of_weight, slope.T, rows.to(weight.dtype))
             if of_bias is not None:
                 of_bias += slope.sum(dim=0, dtype=of_bias.dtype)
+            del slope  # before the next chunk's logits: it is as large as they are
         return (
             of_hidden,
             None if of_weight is None else of_weight.to(weight.dtype),
