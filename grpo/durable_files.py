@@ -167,7 +167,7 @@ def new_folder(
     parent = final.parent
     temporary = parent / f".{final.name}-{uuid.uuid4().hex}"
     with storage_errors(final, needed_bytes=needed_bytes):
-        os.makedirs(parent, exist_ok=True)
+        make_folder(parent)
         os.mkdir(temporary)
         try:
             yield temporary
@@ -180,6 +180,14 @@ def new_folder(
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         fsync_folder(parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those that it lies in, where they are missing; its name is on the disk. Raises OSError."""
+    if not path.parent.is_dir():
+        make_folder(path.parent)
+    os.makedirs(path, exist_ok=True)
+    fsync_folder(path.parent)  # where it was there too: a killed process may have made it and not come to this
 
 
 def remove_folder(path: Path) -> None:

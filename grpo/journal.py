@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.durable_files import LineFile, fsync_file, fsync_folder, storage_errors
+from grpo.durable_files import LineFile, fsync_file, fsync_folder, make_folder, storage_errors
 from grpo.errors import StorageError
 from grpo.types import Completion, Message, Prompt, RolloutGroup, ScoredGroup
 from grpo.types import Verdict as GroupVerdict
@@ -213,7 +213,7 @@ class Journal:
         with self._writing:
             if self._file is None:
                 with storage_errors(self.folder, needed_bytes=len(line)):
-                    self.folder.mkdir(parents=True, exist_ok=True)
+                    make_folder(self.folder)
                 self._file = LineFile(self.folder / f"{self._chapter}.rank-{self._rank}.jsonl")
             self._file.append([line])
             self._num_written += 1

@@ -44,9 +44,9 @@ def finish(runs: Runs, run_dir: Path) -> None:
 
 def first_writes(operations: Sequence[Operation]) -> list[Operation]:
     """One for each of the run's own files."""
-    names = ("config.yaml", "metrics.jsonl", "completions.jsonl", "step-2.rank-0.jsonl", "state.json")
+    names = ("metrics.jsonl", "completions.jsonl", "step-2.rank-0.jsonl", ".state.json.new", ".manifest.json.new")
     writes = [one for one in operations if one.name == "write"]
-    return [next(one for one in writes if name in one.path.name) for name in names]
+    return [next(one for one in writes if one.path.name == name) for name in names]
 
 
 def eighth(number: int) -> Callable[[Sequence[Operation]], list[Operation]]:
