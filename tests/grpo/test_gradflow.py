@@ -80,7 +80,7 @@ def test_cuts_at_twenty_random_modules_are_all_found_and_placed(name: str, kind:
 
 
 def harmless_places(
-    kind: str, *, limit: int | None = None
+    kind: str, *, names: Sequence[str] = ARCHITECTURES, limit: int | None = None
 ) -> Iterator[tuple[str, nn.Module, Callable[[], Tensor], list[str]]]:
     for name in names:
         model, loss, _, harmless = sorted_by_harm(name, kind, limit=limit)

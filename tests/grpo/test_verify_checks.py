@@ -80,7 +80,7 @@ def test_an_intact_policy_is_counted(subject: Subject) -> None:
     assert finding.status == "ok"
     # rank 2, hidden 32, inner 64, keys and values 16: q 128, k 96, v 96, o 128, gate, up, down 192 each, in 2 layers
     assert finding.what.startswith("trainable 2,048 = ")
-    assert "gradient in 28 of 28 tensors; 14 from the second step on" in finding.what
+    assert "model.layers: gradient in 28 of 28 tensors; 14 from the second step on" in finding.what
 
 
 @pytest.mark.slow

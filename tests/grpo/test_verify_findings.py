@@ -107,7 +107,7 @@ EFFECT = StepEffect(
     ],
 )
 def test_a_step_is_judged_by_what_it_does_to_the_log_probabilities(effect: StepEffect, status: str, words: str) -> None:
-    (finding,) = judge_effect(effect, has_made_up_scores=False)
+    finding = judge_effect(effect, has_made_up_scores=False)
     assert finding.status == status
     assert words in finding.what
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from grpo.config import LoraTrainable
 from grpo.diagnostics.checks.subject import Subject
 from grpo.diagnostics.findings import Finding
-from grpo.diagnostics.gradflow import GradientFlow, gradient_flow, group_by_module
+from grpo.diagnostics.gradflow import Cut, GradientFlow, gradient_flow, group_by_module
 from grpo.runtime.policy import Policy
 
 CHECK = "gradient flow"
@@ -26,48 +27,20 @@ def check_gradient_flow(subject: Subject) -> Iterator[Finding]:
 def judge_flow(flow: GradientFlow, policy: Policy, *, is_lora: bool) -> Iterator[Finding]:
     """Args: is_lora: only the adapter's parameters should learn."""
     learning = policy.trainable_parameters()
+    adapter = {name: one for name, one in policy.model.named_parameters() if is_lora and ".lora_" in name}
+    strays = [name for name in learning if is_lora and name not in adapter]
+    asleep = [name for name, parameter in adapter.items() if not parameter.requires_grad]
     count, total = sum(parameter.numel() for parameter in learning.values()), policy.num_parameters()
-    strays = [name for name in learning if is_lora and ".lora_" not in name]
-    asleep = [
-        name for name, p in policy.model.named_parameters() if is_lora and ".lora_" in name and not p.requires_grad
-    ]
-    groups = group_by_module(flow.norms)
-    reached = len(flow.norms) - len(flow.unreached)
     frozen = "every parameter learns" if count == total else f"base frozen: {'no' if strays else 'yes'}"
     share = f"trainable {count:,} = {count / total:.1%}; {frozen}"
-    is_well = not (flow.unreached or flow.cuts or strays or asleep)
-    if is_well:
-        late = (
-            f"; {len(flow.zero_at_start)} from the second step on (where a B starts at 0)" if flow.zero_at_start else ""
-        )
-        yield Finding(
-            check=CHECK,
-            status="ok",
-            what=f"{share}; gradient in {reached} of {reached} tensors{late}",
-            figures=_figures(flow, count, total),
-        )
+    figures = _figures(flow, count, total)
+    if not (flow.unreached or flow.cuts or strays or asleep):
+        late = f"; {len(flow.zero_at_start)} from the second step on" if flow.zero_at_start else ""
+        late += " (where a B starts at 0)" if late and is_lora else ""
+        yield Finding(check=CHECK, status="ok", what=f"{share}; {_by_part(flow)}{late}", figures=figures)
     if flow.unreached:
-        parts = [f"{name}: gradient in {got} of {all_}" for name, (got, all_) in groups.items() if got < all_]
-        yield Finding(
-            check=CHECK,
-            status="failed",
-            what=f"{share}; no gradient in {len(flow.unreached)} of {len(flow.norms)} tensors that should learn: "
-            f"{_some(parts)}",
-            meaning="these stay what they are for the whole run"
-            + ("" if flow.has_graph else "; the loss has no grad_fn, so nothing learns at all"),
-            remedy=_where_to_look(flow),
-            figures=_figures(flow, count, total),
-        )
-    for cut in flow.cuts:
-        yield Finding(
-            check=CHECK,
-            status="failed",
-            what=f"the graph is cut in {cut}",
-            meaning="gradient goes in and none comes out, though the loss depends on it: what lies before learns "
-            "nothing through here",
-            remedy=_REMEDIES[cut.kind],
-            figures={"module": cut.module, "kind": cut.kind, "around": list(cut.around), "operation": cut.operation},
-        )
+        yield _unreached(flow, share, figures)
+    yield from (_cut(cut) for cut in flow.cuts)
     if strays or asleep:
         names = [f"{name} learns" for name in strays] + [f"{name} is frozen" for name in asleep]
         yield Finding(
@@ -84,9 +57,49 @@ def judge_flow(flow: GradientFlow, policy: Policy, *, is_lora: bool) -> Iterator
             status="warning",
             what=f"the gradient is exactly 0 in {len(flow.zero_always)} tensors: {_some(flow.zero_always)}",
             meaning="they take no part in this batch (an expert that no token went to, a factor of 0), or in any",
-            remedy="run it again with other prompts (--prompts, seed=1); what stays at 0 is not used: leave it out",
+            remedy="run it again with other prompts (seed=1); what stays at 0 is not used: leave it out",
             figures={"zero": list(flow.zero_always)},
         )
+
+
+def _unreached(flow: GradientFlow, share: str, figures: dict[str, object]) -> Finding:
+    groups = group_by_module(flow.norms)
+    parts = [f"{name}: gradient in {got} of {all_}" for name, (got, all_) in groups.items() if got < all_]
+    return Finding(
+        check=CHECK,
+        status="failed",
+        what=f"{share}; no gradient in {len(flow.unreached)} of {len(flow.norms)} tensors that should learn: "
+        f"{_some(parts)}",
+        meaning="these stay what they are for the whole run"
+        + ("" if flow.has_graph else "; the loss has no grad_fn, so nothing learns at all"),
+        remedy=_where_to_look(flow),
+        figures=figures,
+    )
+
+
+def _cut(cut: Cut) -> Finding:
+    return Finding(
+        check=CHECK,
+        status="failed",
+        what=f"the graph is cut in {cut}",
+        meaning="gradient goes in and none comes out, though the loss depends on it: what lies before learns nothing "
+        "through here",
+        remedy=_REMEDIES[cut.kind],
+        figures={"module": cut.module, "kind": cut.kind, "around": list(cut.around), "operation": cut.operation},
+    )
+
+
+def _by_part(flow: GradientFlow) -> str:
+    """Such as "projector: gradient in 4 of 4": the model's parts are what stands before a name's first number."""
+    parts: dict[str, int] = {}
+    for name in flow.norms:
+        plain = name.removeprefix("base_model.model.")
+        numbered = re.match(r"(.*?)\.\d+\.", plain)
+        part = numbered[1] if numbered else plain.rpartition(".")[0]
+        parts[part] = parts.get(part, 0) + 1
+    if len(parts) > _SHOWN:
+        return f"gradient in {len(flow.norms)} of {len(flow.norms)} tensors"
+    return ", ".join(f"{part}: gradient in {number} of {number} tensors" for part, number in parts.items())
 
 
 _REMEDIES = {

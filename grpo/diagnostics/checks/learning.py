@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class StepEffect:
 def check_learning(subject: Subject) -> Iterator[Finding]:
     """One step at the recipe's full learning rate."""
     effect = step_effect(subject)
-    yield from judge_effect(effect, has_made_up_scores=subject.has_made_up_scores)
+    yield judge_effect(effect, has_made_up_scores=subject.has_made_up_scores)
     if effect.num_moved:
         yield judge_resolution(effect.lost_in_bfloat16)
 
@@ -89,25 +89,12 @@ def step_effect(subject: Subject) -> StepEffect:
     )
 
 
-def judge_effect(effect: StepEffect, *, has_made_up_scores: bool) -> Iterator[Finding]:
+def judge_effect(effect: StepEffect, *, has_made_up_scores: bool) -> Finding:
     """Args: has_made_up_scores: no group of the batch had differing ones."""
     source = ", with made-up scores" if has_made_up_scores else ""
-    figures = {
-        name: getattr(effect, name)
-        for name in (
-            "num_moved",
-            "num_tensors",
-            "largest_move",
-            "kl",
-            "gain",
-            "gain_if_larger",
-            "gain_if_smaller",
-            "skipped",
-        )
-    }
-    moved = f"{effect.num_moved} of {effect.num_tensors} tensors moved"
+    figures = asdict(effect)
     if effect.skipped:
-        yield Finding(
+        return Finding(
             check=CHECK,
             status="failed",
             what=f"no step could be taken: {effect.skipped}",
@@ -115,9 +102,8 @@ def judge_effect(effect: StepEffect, *, has_made_up_scores: bool) -> Iterator[Fi
             remedy="see the row 'numbers' for the first module at fault",
             figures=figures,
         )
-        return
     if effect.num_moved == 0:
-        yield Finding(
+        return Finding(
             check=CHECK,
             status="failed",
             what=f"one step moved no parameter{source}",
@@ -125,51 +111,51 @@ def judge_effect(effect: StepEffect, *, has_made_up_scores: bool) -> Iterator[Fi
             remedy="look at the row 'gradient flow', and that optim.learning_rate is above 0",
             figures=figures,
         )
-        return
-    what = (
-        f"one step{source}: {moved}, by up to {effect.largest_move:.1e}; KL {effect.kl:.1e} nats; advantage-weighted "
+    what = f"one step{source}: {effect.num_moved} of {effect.num_tensors} tensors moved, by up to "
+    what += f"{effect.largest_move:.1e}; KL {effect.kl:.1e} nats; advantage-weighted change of log-probability "
+    what += f"{effect.gain:+.1e} nats"
+    if effect.gain > 0:
+        return Finding(check=CHECK, status="ok", what=what, figures=figures)
+    told, meaning, remedy = _why_not(effect)
+    is_lost = bool(told)
+    return Finding(
+        check=CHECK,
+        status="warning" if is_lost else "failed",
+        what=what + told,
+        meaning=meaning,
+        remedy=remedy,
+        figures=figures,
     )
-    what += f"change of log-probability {effect.gain:+.1e} nats"
+
+
+def _why_not(effect: StepEffect) -> tuple[str, str, str]:
+    """(what a step of another size shows, meaning, remedy) of a step that did not raise what was rewarded; the first
+    is empty where no size would."""
     if effect.kl <= 0 and effect.gain == 0:
-        yield Finding(
-            check=CHECK,
-            status="failed",
-            what=what,
-            meaning="parameters moved, but the log-probabilities are what they were: what learns is not what is used",
-            remedy="look at the row 'gradient flow'; a learning rate below the products' rounding does this too: raise "
+        return (
+            "",
+            "parameters moved, but the log-probabilities are what they were: what learns is not what is used",
+            "look at the row 'gradient flow'; a learning rate below the products' rounding does this too: raise "
             "optim.learning_rate, or set dtype=float32",
-            figures=figures,
         )
-    elif effect.gain > 0:
-        yield Finding(check=CHECK, status="ok", what=what, figures=figures)
-    elif effect.gain_if_smaller > 0 and effect.gain < -effect.gain_if_smaller:
-        yield Finding(
-            check=CHECK,
-            status="warning",
-            what=f"{what}; {effect.gain_if_smaller:+.1e} with a step {SMALLER:g} times as large",
-            meaning="the step overshoots: it goes the right way, and too far",
-            remedy=f"lower optim.learning_rate to {SMALLER:g} of what it is",
-            figures=figures,
+    if effect.gain_if_smaller > 0 and effect.gain < -effect.gain_if_smaller:
+        return (
+            f"; {effect.gain_if_smaller:+.1e} with a step {SMALLER:g} times as large",
+            "the step overshoots: it goes the right way, and too far",
+            f"lower optim.learning_rate to {SMALLER:g} of what it is",
         )
-    elif effect.gain_if_larger > LARGER * abs(effect.gain):
-        yield Finding(
-            check=CHECK,
-            status="warning",
-            what=f"{what}; {effect.gain_if_larger:+.1e} with a step {LARGER:g} times as large",
-            meaning="one step is lost in rounding: it takes many to see progress",
-            remedy="raise optim.learning_rate (LoRA takes ten times that of full training), or set dtype=float32",
-            figures=figures,
+    if effect.gain_if_larger > LARGER * abs(effect.gain):
+        return (
+            f"; {effect.gain_if_larger:+.1e} with a step {LARGER:g} times as large",
+            "one step is lost in rounding: it takes many to see progress",
+            "raise optim.learning_rate (LoRA takes ten times that of full training), or set dtype=float32",
         )
-    else:
-        yield Finding(
-            check=CHECK,
-            status="failed",
-            what=what,
-            meaning="the step makes what was rewarded less likely, or not more: the loss has another sign, or the KL "
-            "or entropy term outweighs the policy's",
-            remedy="look at the sign of a loss of one's own (it is minimised), the betas, and update.entropy",
-            figures=figures,
-        )
+    return (
+        "",
+        "the step makes what was rewarded less likely, or not more: the loss has another sign, or the KL or entropy "
+        "term outweighs the policy's",
+        "look at the sign of a loss of one's own (it is minimised), the betas, and update.entropy",
+    )
 
 
 def _full_step(subject: Subject, batch: TrainBatch) -> UpdateStats:
