@@ -215,7 +215,7 @@ def test_a_run_that_was_ended_and_resumed_is_the_uninterrupted_run_bit_for_bit(
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_run_that_is_killed_in_every_phase_one_after_the_other_is_the_uninterrupted_run_bit_for_bit(
     every: int, make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
@@ -351,6 +351,7 @@ def test_a_reward_that_draws_from_the_global_generators_draws_the_same_after_a_k
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
+@pytest.mark.slow
 def test_a_strict_run_is_the_default_one_on_a_cpu_and_cannot_be_resumed_as_such(
     make_config: Callable[..., RunConfig],
 ) -> None:
