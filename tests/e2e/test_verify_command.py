@@ -85,3 +85,11 @@ def test_bad_input_is_told_before_the_model_is_read(arguments: list[str], words:
     code, stdout, stderr = runs.command("verify", *arguments)
     assert (code, stdout) == (2, "")
     assert words in stderr
+
+
+@pytest.mark.slow
+def test_the_quickstart_passes_on_its_real_model(smollm_dir: Path, runs: Runs) -> None:
+    assert smollm_dir.is_dir()
+    code, stdout, stderr = runs.command("verify", "quickstart", "--prompts", "4")
+    assert code == 0, stdout + stderr
+    assert "trainable 4,884,480 = 3.5%; base frozen: yes; model.layers: gradient in 420 of 420 tensors" in stdout
