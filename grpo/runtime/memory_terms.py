@@ -165,8 +165,8 @@ class Terms:
         return max(own + cached + growing + logits, prefill + cached)
 
     def _forward(self, tokens: int, rows: int, scores: int) -> int:
-        """One block without gradient: the residual, what is normed, and three feed-forward values."""
-        inner = (3 if self.shape.is_gated else 4) * self.shape.intermediate
+        """One block without gradient: the residual, what is normed, and the feed-forward values that exist at once."""
+        inner = (3 if self.shape.is_gated else 6) * self.shape.intermediate
         return tokens * (inner * self.width + 2 * self.shape.hidden * FULL)
 
     # the reference pass and the update

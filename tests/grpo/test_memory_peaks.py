@@ -1,0 +1,89 @@
+"""Every case of `grpo bench memory`, tiny: the update's peak by torch's own count is what the plan says of it.
+
+Process memory cannot be read so finely: here nothing is calibrated, and libraries' own buffers are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from grpo.batching import build_batch
+from grpo.memory_bench import predict
+from grpo.memory_cases import CASES, MemoryCase
+from grpo.memory_probe import make_model_folder, random_groups
+from grpo.recipe_loader import parse_recipe
+from grpo.rollout.base import SamplingParams
+from grpo.runtime.models import load_model
+from grpo.runtime.policy import Policy
+from grpo.update.beta import FixedBeta
+from grpo.update.step import Updater
+
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+SMALL_GPT2 = {"n_embd": 128, "n_layer": 4, "n_head": 4}
+
+
+def small(case: MemoryCase) -> MemoryCase:
+    """The case, of a model that steps in a second."""
+    sizes = SMALL_GPT2 if case.model["model_type"] == "gpt2" else SMALL
+    head = {"head_dim": 48} if "head_dim" in case.model else {}
+    vocabulary = {"vocab_size": min(case.model["vocab_size"] // 4, 8000)}
+    return replace(case, model={**case.model, **sizes, **head, **vocabulary})
+
+
+def allocated_at_most(do: Callable[[], Any]) -> int:
+    """The most bytes that torch's CPU allocator had given out at a time during `do`, above what was out before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        do()
+    results = recorded.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
+    held = peak = 0
+    for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case.name != "fused attention"], ids=lambda case: case.name)
+def test_the_peak_of_an_update_is_what_the_plan_says_of_it(case: MemoryCase, tmp_path: Path) -> None:
+    case = small(case)
+    make_model_folder(tmp_path / "model", case.model, case.dtype)
+    config = parse_recipe(case.recipe(tmp_path / "model", device="cpu"), base_dir=tmp_path, source=case.name)
+    model = load_model(config.model, dtype=getattr(torch, case.dtype), base_dir=tmp_path)
+    policy = Policy(model, config.trainable, seed=0)
+    params = SamplingParams(end_token_ids=(2,), max_new_tokens=case.max_new_tokens, top_p=case.top_p)
+    (name,) = config.objectives
+    updater = Updater(
+        policy,
+        {name: FixedBeta(value=0.02)},
+        observed={name: "k3"},
+        params=params,
+        update=config.update,
+        optim=config.optim,
+    )
+    batch = build_batch(
+        random_groups(config, prompt_tokens=case.prompt_tokens, vocabulary=case.model["vocab_size"]),
+        {name: 1.0},
+        combine="decoupled",
+        scale="group",
+        micro_batch_tokens=case.micro_batch_tokens,
+        max_new_tokens=case.max_new_tokens,
+    )
+    updater.step(batch)
+    # the window's gradients are made anew, and the profiler does not see those of the step before go
+    gradients = 4 * sum(p.numel() for p in policy.trainable_parameters().values())
+    measured = allocated_at_most(lambda: updater.step(batch)) - gradients
+    phases = {phase.name: phase for phase in predict(case, tmp_path / "model", device="cpu").phases}
+    assert phases["update"].transient_bytes == pytest.approx(measured, rel=0.05)
