@@ -46,9 +46,7 @@ def campaign(
 ) -> Iterator[Campaign]:
     folder = tmp_path_factory.mktemp("campaign")
     with Nursery() as nursery:
-        made = Campaign(folder, write_recipe(folder, tiny_model_dir, judge), judge, nursery)
-        assert made.warm_up() == []  # else no comparison would mean anything
-        yield made
+        yield Campaign(folder, write_recipe(folder, tiny_model_dir, judge), judge, nursery)
 
 
 def test_killed_in_every_phase_in_turn_a_run_is_the_undisturbed_one_and_buys_nothing_twice(campaign: Campaign) -> None:
@@ -60,7 +58,9 @@ def test_killed_in_every_phase_in_turn_a_run_is_the_undisturbed_one_and_buys_not
     assert outcome.num_repeated <= 2 * CONCURRENCY  # only the first two were at a time when calls were in flight
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_a_run_is_the_undisturbed_one(campaign: Campaign) -> None:
+    assert campaign.warm_up() == []
     draw, seconds = random.Random(0), campaign.undisturbed.seconds
     # a resumed process has less to do, and the machine may be faster now
     outcome = campaign.survive([Kill(kind="time", after_s=draw.uniform(0.0, 0.4 * seconds)) for _ in range(3)])
