@@ -205,18 +205,20 @@ def run_hidden(is_quick: bool) -> Part:
             )
             for share in shares
         ]
+    for row in rows:  # the machine may have been slower than when the sampling was timed alone
+        row["best_hidden"] = best_hidden(row["alone_s"] / row["rollout_s"], row["turns"])
     print("| turns | judging alone | sampling | first to last verdict | of it waited for | hidden | at best |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         print(
             f"| {row['turns']} | {row['alone_s']:.2f} s | {row['rollout_s']:.2f} s | {row['judge_s']:.2f} s "
-            f"| {row['judge_wait_s']:.2f} s | {row['hidden']:.0%} | {best_hidden(row['share'], row['turns']):.0%} |"
+            f"| {row['judge_wait_s']:.2f} s | {row['hidden']:.0%} | {row['best_hidden']:.0%} |"
         )
     print(flush=True)
     complaints = [
         f"hidden, {row['turns']} turns, judging takes {row['alone_s']:.2f} s alone: {row['hidden']:.0%}"
         for row in rows
-        if row["hidden"] < LEAST_HIDDEN <= best_hidden(row["share"], row["turns"])
+        if row["hidden"] < LEAST_HIDDEN <= row["best_hidden"]
     ]
     return {"rows": rows}, complaints
 
