@@ -18,7 +18,7 @@ from typing import Any
 from grpo.errors import RunStopped
 from grpo.memory_cases import MemoryCase
 from grpo.recipe_loader import parse_recipe
-from grpo.runtime.memory import Hardware, MemoryPlan, plan
+from grpo.runtime.memory import Hardware, MemoryPlan, num_threads, plan
 from grpo.runtime.memory_model import shape_of
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -106,7 +106,9 @@ def _measured(case: MemoryCase, place: Path, device: str) -> Measured:
 def predict(case: MemoryCase, folder: Path, *, device: str) -> MemoryPlan:
     """The plan of a case, on hardware without bounds."""
     config = parse_recipe(case.recipe(folder, device=device), base_dir=folder.parent, source=case.name)
-    hardware = Hardware(name=device, device_bytes=UNBOUNDED, is_cpu=device == "cpu", has_bfloat16=True)
+    hardware = Hardware(
+        name=device, device_bytes=UNBOUNDED, is_cpu=device == "cpu", has_bfloat16=True, threads=num_threads()
+    )
     shape = shape_of({**case.model, "dtype": case.dtype}, source=case.name)
     return plan(config, hardware, prompt_tokens=case.prompt_tokens, shape=shape)
 
@@ -133,6 +135,7 @@ def as_json(measured: Sequence[Measured], *, device: str, command: str) -> dict[
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "device": device,
+        "threads": num_threads(),
         "allocator": ALLOCATOR,
         "cases": [
             {

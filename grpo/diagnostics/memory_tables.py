@@ -103,4 +103,6 @@ def show_memory_bench(cases: Sequence[Mapping[str, Any]], *, console: Console | 
     checked = [case["error"] for case in cases if not case["is_calibration"]]
     if checked:
         worst = max(checked, key=abs)
-        console.print(f"{len(checked)} cases that nothing was calibrated on: the largest error is {worst:+.1%}")
+        console.print(
+            f"cases that nothing was calibrated on: {len(checked)}; the largest error among them is {worst:+.1%}"
+        )

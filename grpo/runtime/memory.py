@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class Hardware:
     is_cpu: bool
     has_bfloat16: bool
     """In its matrix units: what dtype = auto goes by."""
+    threads: int = 2
+    """Of a CPU's products; nothing on a card depends on it."""
 
 
 def _card(name: str, gib: float, *, has_bfloat16: bool = True) -> Hardware:
@@ -62,10 +65,21 @@ def hardware_named(name: str) -> Hardware:
     if wanted in CARDS:
         return CARDS[wanted]
     if found := re.fullmatch(r"cpu:(\d+(?:\.\d+)?)(?:gi?b?)?", wanted):
-        return Hardware(name=wanted, device_bytes=int(float(found[1]) * GIB), is_cpu=True, has_bfloat16=_cpu_bfloat16())
+        return Hardware(
+            name=wanted,
+            device_bytes=int(float(found[1]) * GIB),
+            is_cpu=True,
+            has_bfloat16=_cpu_bfloat16(),
+            threads=num_threads(),
+        )
     raise ConfigError(
         f"hardware {name!r} is not known; expected cpu:GIB, such as cpu:24, or one of {', '.join(CARDS)}."
     )
+
+
+def num_threads() -> int:
+    """As torch counts them: OMP_NUM_THREADS, else this machine's cores."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
 def _cpu_bfloat16() -> bool:
@@ -191,6 +205,7 @@ def _phases_of(config: RunConfig, hardware: Hardware, prompt_tokens: int, shape:
         rows=largest_micro_batch(config, prompt_tokens),
         width=2 if dtype == "bfloat16" else FULL,
         is_cpu=hardware.is_cpu,
+        threads=hardware.threads,
     )
     return MemoryPlan(
         hardware=hardware,

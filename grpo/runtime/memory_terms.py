@@ -1,7 +1,7 @@
 """Shape, recipe and hardware -> bytes of each phase. The terms are those of the code, stage by stage.
 
 What autograd keeps of a block was read off its saved tensors; a term's comment names what it is. Nothing is fitted here
-but the two allowances for what libraries take for themselves on a CPU, see `LIBRARY_BYTES`.
+but two allowances for what libraries take for themselves on a CPU, `MKL_BYTES_PER_THREAD` and `ONEDNN_BYTES`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from grpo.config import LoraTrainable, RunConfig
 from grpo.runtime.memory_model import ModelShape
 
 MIB = 2**20
-LIBRARY_BYTES = {4: 27 * MIB, 2: 62 * MIB}
-"""By bytes of a number: buffers that MKL (float32) and oneDNN (bfloat16, code it compiles included) keep on a CPU with
-two threads once the update ran. The calibration: `grpo bench memory`, cases marked so."""
+MKL_BYTES_PER_THREAD = 13 * MIB
+"""Of the buffers that MKL's float32 products keep on a CPU. Calibrated on one case, on two threads."""
+ONEDNN_BYTES = 62 * MIB
+"""Of what oneDNN keeps of bfloat16 products, code it compiles included. Calibrated on one case, on two threads."""
 CHUNK_TOKENS = 192
 """Positions whose logits exist at one time: grpo.update.logprobs.CHUNK_TOKENS."""
 PLAIN_ATTENTION_SCORES = 32 * MIB
@@ -72,6 +73,8 @@ class Terms:
     width: int
     """Bytes of a number of the frozen weights and the products: 2 or 4."""
     is_cpu: bool
+    threads: int = 2
+    """Of the CPU's products."""
 
     @property
     def is_full(self) -> bool:
@@ -113,7 +116,10 @@ class Terms:
         return (FULL + moments) * self.learning
 
     def library(self) -> int:
-        return LIBRARY_BYTES[self.width] if self.is_cpu else 0
+        """What libraries keep for themselves."""
+        if not self.is_cpu:
+            return 0
+        return MKL_BYTES_PER_THREAD * self.threads if self.width == FULL else ONEDNN_BYTES
 
     # loading
 

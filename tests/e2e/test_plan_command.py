@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 
 from grpo.cli import main
+from grpo.diagnostics.memory_plots import bench_figure
+from grpo.diagnostics.memory_tables import show_memory_bench
+from grpo.memory_bench import Measured, as_json
+from grpo.memory_cases import CASES
+from grpo.runtime.memory import MIB
 
 LLAMA_1B = {
     "model_type": "llama",
@@ -117,3 +122,25 @@ def test_predictions_of_three_measured_cases_are_within_ten_percent(tmp_path: Pa
     for case in cases:
         assert abs(case["error"]) <= 0.1, case["name"]
         assert case["peak_bytes"] == max(case["peaks"].values())
+
+
+def test_measured_cases_are_shown_beside_their_prediction_and_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    phases = ("load", "sampling", "update")
+    measured = [
+        Measured(
+            case=case,
+            peaks=dict.fromkeys(phases, 200 * MIB) | {"update": 400 * MIB},
+            host_peaks=dict.fromkeys(phases, 200 * MIB),
+            predicted=dict.fromkeys(phases, 100 * MIB) | {"update": 360 * MIB},
+            tokens_per_s={"sampling": 100.0, "update": 50.0},
+        )
+        for case in CASES[1:3]
+    ]
+    figures = as_json(measured, device="cpu", command="grpo bench memory")
+    assert [case["error"] for case in figures["cases"]] == pytest.approx([-0.1, -0.1])  # 360 / 400 - 1
+    json.dumps(figures, allow_nan=False)
+    show_memory_bench(figures["cases"])
+    shown = capsys.readouterr().out
+    assert "-10.0%" in shown
+    assert "nothing was calibrated on: 1" in shown
+    assert bench_figure(figures["cases"]).startswith(b"\x89PNG")
