@@ -38,6 +38,7 @@ PACKAGES = {
 }
 """Distribution -> the name it is imported by."""
 OWN_PACKAGES = ("grpo", "rewards", "judges")
+BFLOAT16_CAPABILITY = (8, 0)
 TOOL_TIMEOUT_S = 20.0
 IMPORT_TIMEOUT_S = 120.0
 CGROUP = Path("/sys/fs/cgroup")

@@ -215,8 +215,8 @@ def test_a_column_that_is_not_there_a_model_that_is_not_there_and_a_secret_that_
     assert finding.check == "prompts"
     assert "prompt" in finding.what
     (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n')
-    (finding,) = look(write(tmp_path, tmp_path / "nowhere"), tmp_path)
-    assert finding.check == "model"
+    findings = look(write(tmp_path, tmp_path / "nowhere"), tmp_path)
+    assert [(one.check, one.status) for one in findings] == [("memory plan", "warning"), ("model", "failed")]
     endpoint = {"url": "https://judge.example/v1", "model": "m", "api_key": "env:ABSENT_KEY"}
     judged = {"name": "judged", "params": {"endpoint": endpoint, "rubric": "fairness"}}
     path = write(
@@ -250,3 +250,22 @@ def test_a_judge_is_asked_about_texts_without_an_answer(tmp_path: Path, tiny_mod
     assert "Thought process:" in finding.what
     (finding,) = look(path_for("http://127.0.0.1:9/v1"), tmp_path)  # nobody listens
     assert "no judge answers" in finding.what
+
+
+def test_a_recipe_that_does_not_fit_this_card_or_this_container_is_refused_with_the_change_that_helps(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n')
+    wide = {"group_size": 64, "max_new_tokens": 128}
+    path = write(tmp_path, tiny_model_dir, rollout=wide, update={"micro_batch_tokens": 1_000_000})
+    assert look(path, tmp_path) == []
+    plan_of = {one.check: one for one in examine(PresentedMachine(), load_recipe(str(path), []), working_dir=tmp_path)}
+    needed = plan_of["memory plan"].figures["needed_bytes"]
+    small = replace(A100, total_bytes=needed - (8 << 20), free_bytes=needed - (8 << 20))
+    (finding,) = look(path, tmp_path, presented(gpus=(small,)))
+    assert (finding.check, finding.status) == ("memory plan", "failed")
+    assert "update.micro_batch_tokens=" in finding.remedy
+    container = presented(limit_bytes=600 << 20, limit_used_bytes=0, host_bytes=1 << 30)
+    (finding,) = look(path, tmp_path, container)
+    assert "ended with signal 9" in finding.meaning

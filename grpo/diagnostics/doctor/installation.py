@@ -10,10 +10,9 @@ from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
 from grpo.diagnostics.findings import Finding
-from grpo.runtime.machine import PACKAGES, Machine, MachineFacts
+from grpo.runtime.machine import BFLOAT16_CAPABILITY, PACKAGES, Machine, MachineFacts
 
 DISTRIBUTION = "grpo-toolkit"
-BFLOAT16_CAPABILITY = (8, 0)
 EXTRAS = {"vllm": "vllm", "flash-attn": "flash_attn", "bitsandbytes": "bitsandbytes"}
 """Compiled against one torch each: that they are installed does not say that they load."""
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from grpo.config import RunConfig
 from grpo.diagnostics.findings import Finding
-from grpo.runtime.machine import Machine, MachineFacts
+from grpo.errors import InputError
+from grpo.runtime.machine import BFLOAT16_CAPABILITY, Machine, MachineFacts
+from grpo.runtime.memory import Hardware, hardware_named, plan
 
 LEAST_SHARED_MEMORY = 1 << 30
 """NCCL and vLLM's workers pass tensors through it; a container's default of 64 MiB ends them with a bus error."""
@@ -22,6 +25,8 @@ def check_resources(
     """Every finding about room. Args: ranks: processes that are going to be launched."""
     yield _memory(facts)
     yield _disk(machine, config.output_dir if config else Path.cwd())
+    if config is not None:
+        yield _plan(facts, config)
     needs_shared = ranks > 1 or (config is not None and config.rollout.engine.type != "transformers")
     if facts.shared_memory_bytes is not None:
         yield _shared_memory(facts.shared_memory_bytes, is_needed=needs_shared)
@@ -46,6 +51,70 @@ def _memory(facts: MachineFacts) -> Finding:
             "for the container",
         )
     return Finding(check="host memory", status="ok", what=what)
+
+
+def _plan(facts: MachineFacts, config: RunConfig) -> Finding:
+    """What `grpo plan` says, for the room that there is now."""
+    hardware = _room(facts, config)
+    try:
+        planned = plan(config, hardware)
+    except InputError as exc:
+        return Finding(
+            check="memory plan",
+            status="warning",
+            what=f"not known: {exc}",
+            meaning="whether the run fits is seen only when it runs",
+            remedy="what the message says; grpo verify RECIPE takes one real step",
+        )
+    largest = max(planned.phases, key=lambda phase: phase.peak_bytes)
+    needed = planned.peak_bytes + planned.reserve_bytes
+    what = (
+        f"{gib(needed)} GiB in its largest phase ({largest.name}) with prompts of {planned.prompt_tokens} tokens, of "
+        f"{gib(hardware.device_bytes)} GiB on {hardware.name}"
+    )
+    host_room = _host_room(facts)
+    figures = {"needed_bytes": needed, "host_bytes": planned.host_peak_bytes, "room_bytes": hardware.device_bytes}
+    if planned.fits and planned.host_peak_bytes <= host_room:
+        return Finding(check="memory plan", status="ok", what=what, figures=figures)
+    if planned.fits:
+        return Finding(
+            check="memory plan",
+            status="failed",
+            what=f"{what}; {gib(planned.host_peak_bytes)} GiB of host memory, of {gib(host_room)} that can be had",
+            meaning="loading alone passes what the host or its container allows, and is ended with signal 9",
+            remedy="a larger container, or weights in safetensors, which are read in parts",
+            figures=figures,
+        )
+    best = next((change for change in planned.changes if change.fits), None)
+    return Finding(
+        check="memory plan",
+        status="failed",
+        what=what,
+        meaning="the run would end for want of memory, or (on a CPU) with signal 9",
+        remedy=f"{' '.join(best.overrides)}: {best.why}"
+        if best
+        else "grpo plan RECIPE shows what each change would buy",
+        figures=figures,
+    )
+
+
+def _room(facts: MachineFacts, config: RunConfig) -> Hardware:
+    """What a run on this machine may take: of the fullest card, or of the host."""
+    if facts.gpus and facts.torch_cuda is not None and config.device != "cpu":
+        card = min(facts.gpus, key=lambda gpu: gpu.free_bytes)
+        return Hardware(
+            name=card.name,
+            device_bytes=card.free_bytes,
+            is_cpu=False,
+            has_bfloat16=card.capability >= BFLOAT16_CAPABILITY,
+        )
+    return replace(hardware_named(f"cpu:{_host_room(facts) / 2**30:.3f}"), name="the host")
+
+
+def _host_room(facts: MachineFacts) -> int:
+    if facts.limit_bytes is None:
+        return facts.available_bytes
+    return min(facts.available_bytes, facts.limit_bytes - (facts.limit_used_bytes or 0))
 
 
 def _disk(machine: Machine, folder: Path) -> Finding:
