@@ -167,6 +167,7 @@ def test_a_report_of_what_is_no_run_is_bad_input(tmp_path: Path) -> None:
 def test_a_run_leaves_its_whole_directory(first_run: Path) -> None:
     assert {path.name for path in first_run.iterdir()} == {
         ".lock",
+        ".phase",
         "config.yaml",
         "metrics.jsonl",
         "completions.jsonl",
