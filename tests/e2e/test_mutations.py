@@ -29,7 +29,8 @@ def test_the_ordinary_suite_fails_on_a_broken_accumulator(name: str, tmp_path: P
     old, new = MUTATIONS[name]
     for package in ("grpo", "rewards", "judges"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("tests", "benchmarks"):  # the latter for its models
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     target = tmp_path / "grpo" / "update" / "gradients.py"
     source = target.read_text()

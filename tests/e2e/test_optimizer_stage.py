@@ -62,7 +62,8 @@ def test_every_adaptive_beta_moves_and_its_run_resumes_bit_for_bit(kind: str, ru
 def test_a_beta_that_has_long_been_powerless_is_told_with_what_to_try(runs: Runs) -> None:
     beta = {"type": "band", "low": 0.0, "high": 1e-9, "initial": 0.1, "maximum": 0.1, "alarm_after": 2}
     told = Notebook()
-    runs.run("run", steps=4, observer=told, objectives={"short": make_objective(**beta), "long": make_objective()})
+    objectives = {"short": make_objective(**beta), "long": make_objective()}
+    runs.run("run", steps=4, observer=told, objectives=objectives, optim={"learning_rate": 1e-3})
     # the KL of the first step is 0, so steps 2 and 3 are the two windows
     (text,) = told.warnings  # behind step 3; step 4 does not say it again
     assert "beta of short has been at its maximum for 2 windows" in text
