@@ -24,6 +24,8 @@ from grpo.recipe_loader import parse_recipe
 from grpo.trainer import Trainer
 from judges.prompts import read_fences
 
+pytestmark = pytest.mark.faults
+
 CONCURRENCY = 2
 STEPS = 3
 PER_STEP = 2 * 4

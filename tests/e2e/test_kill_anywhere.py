@@ -34,6 +34,9 @@ from kill_harness.nursery import Nursery
 from grpo.checkpoint import latest_checkpoint
 
 
+pytestmark = pytest.mark.faults
+
+
 @pytest.fixture(scope="module")
 def judge() -> Iterator[CountingJudge]:
     with serve_counting(delay_s=JUDGE_DELAY_S) as server:

@@ -17,6 +17,8 @@ from run_builders import Runs, lines_of, tensors_of, what_was_computed
 
 from grpo.errors import GrpoError
 
+pytestmark = pytest.mark.faults
+
 CHANGES: dict[str, Any] = {"steps": 3, "checkpoint": {"every": 1, "keep": 1}}
 
 
