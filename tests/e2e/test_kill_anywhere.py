@@ -33,7 +33,6 @@ from kill_harness.nursery import Nursery
 
 from grpo.checkpoint import latest_checkpoint
 
-
 pytestmark = pytest.mark.faults
 
 
