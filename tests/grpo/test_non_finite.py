@@ -67,7 +67,7 @@ def weights_of(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
 def test_a_step_that_is_not_finite_changes_no_parameter_is_dumped_and_told(how: str, cause: str, runs: Runs) -> None:
     poison = runs.folder / "poison"
     told = Notebook(after={1: lambda: poison.write_text(how), 2: poison.unlink})
-    run_dir = runs.run("run", steps=3, update=UPDATE, checkpoint=OFTEN, observer=told)
+    run_dir = runs.run("run", steps=3, update=UPDATE, checkpoint=OFTEN, observer=told, optim={"learning_rate": 1e-3})
     rows = metrics_of(run_dir)
     assert [row["update/skipped"] for row in rows] == [0, 1, 0]
     assert rows[1]["grad_norm"] is None
