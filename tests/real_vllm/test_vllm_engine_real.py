@@ -1,5 +1,5 @@
 """Real vLLM on the CPU with the 135M model in float32: it samples from the law that the trainer differentiates, and
-from the weights that were synced last. Run with `-m vllm tests/real_vllm` where scripts/install_vllm_cpu.sh has been."""
+from the weights that were synced last. Run `-m vllm tests/real_vllm` where scripts/install_vllm_cpu.sh has been."""
 
 from __future__ import annotations
 
