@@ -1,10 +1,11 @@
 """A random two-layer Llama (hidden 32) with a byte-level tokenizer and a chat template, as a folder that loads offline.
 
-Shared by kill_anywhere.py and the tests.
+Shared by kill_anywhere.py, the tests and the vision-language models beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,21 +23,26 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_tiny_chat_llama(folder: Path) -> None:
-    """Write weights and tokenizer. Leaves torch's global random state alone."""
+def byte_level_tokenizer(more_special_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer of 320 tokens, the special ones included; it has no chat template."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
-        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>", *more_special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>", model_max_length=256
     )
+
+
+def save_tiny_chat_llama(folder: Path) -> None:
+    """Write weights and tokenizer. Leaves torch's global random state alone."""
+    tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -46,9 +52,9 @@ def save_tiny_chat_llama(folder: Path) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
-        pad_token_id=backend.token_to_id("<|pad|>"),
-        bos_token_id=backend.token_to_id("<|im_start|>"),
-        eos_token_id=backend.token_to_id("<|im_end|>"),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),
+        eos_token_id=tokenizer.eos_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
