@@ -51,7 +51,8 @@ class GradientFlow:
     """What came of it."""
 
     has_graph: bool
-    """Whether the loss has a grad_fn."""
+    """Whether the loss has a grad_fn. One that was given requires_grad itself has none: backward() runs, and nothing
+    learns."""
     norms: Mapping[str, float | None]
     """Parameter that learns -> norm of its gradient; None where it gets none."""
     zero_at_start: tuple[str, ...]
@@ -90,12 +91,12 @@ def gradient_flow(model: nn.Module, loss: Callable[[], Tensor]) -> GradientFlow:
         cuts = _find_cuts(model, loss, trace)
     zero = [name for name, norm in second.items() if norm == 0]
     return GradientFlow(
-        has_graph=value.requires_grad,
+        has_graph=value.grad_fn is not None,
         norms={name: second[name] if norm == 0 else norm for name, norm in first.items()},
         zero_at_start=tuple(name for name, norm in first.items() if norm == 0 and second[name] not in (0, None)),
         zero_always=tuple(name for name in zero if first[name] == 0),
         cuts=cuts,
-        outside=tuple(dict.fromkeys(str(operation) for operation in trace.outside)) if not value.requires_grad else (),
+        outside=tuple(dict.fromkeys(str(operation) for operation in trace.outside)) if value.grad_fn is None else (),
         whole_pass_is_off=bool(trace.calls) and not trace.was_called_with_gradient,
     )
 
@@ -149,7 +150,7 @@ def _norms(learning: Mapping[str, nn.Parameter], loss: Callable[[], Tensor]) -> 
 
 
 def _norms_of(learning: Mapping[str, nn.Parameter], value: Tensor) -> dict[str, float | None]:
-    if not value.requires_grad:
+    if value.grad_fn is None:
         return dict.fromkeys(learning)
     gradients = torch.autograd.grad(value, list(learning.values()), allow_unused=True)
     return {
@@ -227,9 +228,8 @@ class _Probe:
         self._value: float | None = None
 
     def depends_on_input(self, call: Call, place: int) -> bool:
-        """Whether a tensor of the call's output changes with the inputs that carry gradient, or with what learns."""
-        if call.learns:
-            return True
+        """Whether a tensor of the call's output changes with the inputs that carry gradient, or with what learns in
+        the module: T5's attention gives its position bias besides, which knows of neither."""
         before = self._output(call, place, changes_input=False)
         after = self._output(call, place, changes_input=True)
         if before is None or after is None or before.shape != after.shape:
@@ -265,8 +265,14 @@ class _Probe:
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
             floating = [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point()]
             marked.update(id(tensor) for tensor in floating if tensor.requires_grad)
-            return change(module, args, kwargs) if changes_input else None
+            if not changes_input:
+                return None
+            for parameter in learning:
+                parameter.data = _noisy(parameter.data)
+            return change(module, args, kwargs)
 
+        learning = [one for one in self._modules[call.module].parameters() if one.requires_grad]
+        kept = [parameter.data for parameter in learning]
         with self._hooked(call, before=before, after=stop, sees_kwargs=True):
             try:
                 self._loss()
@@ -274,6 +280,9 @@ class _Probe:
                 return found.tensor
             except _BREAKS:
                 return None
+            finally:
+                for parameter, data in zip(learning, kept, strict=True):
+                    parameter.data = data
         return None
 
     def _run(self) -> float:

@@ -219,3 +219,36 @@ def test_a_frozen_reference_pass_beside_the_policys_is_no_cut() -> None:
 
     flow = gradient_flow(model, loss)
     assert (flow.cuts, flow.unreached, flow.whole_pass_is_off) == ((), (), False)
+
+
+class Biased(nn.Module):
+    """Gives its answer and a table that it looks up, as T5's attention gives its position bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table = nn.Linear(4, 4), nn.Parameter(torch.ones(4), requires_grad=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.linear(x), self.table.exp()
+
+
+def test_a_second_output_that_no_learning_parameter_goes_into_is_no_cut() -> None:
+    model = Biased()
+
+    def loss() -> Tensor:
+        answer, table = model(torch.ones(2, 4))
+        return (answer * table).sum()
+
+    before = model.linear.weight.detach().clone()
+    flow = gradient_flow(model, loss)
+    assert (flow.cuts, flow.unreached) == ((), ())
+    assert torch.equal(model.linear.weight, before)
+
+
+def test_a_loss_that_was_given_requires_grad_itself_has_no_graph() -> None:
+    model = Wrapped(Tower(off="projector")).requires_grad_(False)
+    model.tower.projector.requires_grad_(True)
+    flow = gradient_flow(model, lambda: model(torch.ones(2, 4)).sum().requires_grad_(True))  # backward() would run
+    assert not flow.has_graph
+    assert len(flow.unreached) == 2
+    assert [cut.module for cut in flow.cuts] == ["tower"]

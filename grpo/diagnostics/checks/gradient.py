@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+
+from torch import nn
 
 from grpo.config import LoraTrainable
 from grpo.diagnostics.checks.subject import Subject
 from grpo.diagnostics.findings import Finding
 from grpo.diagnostics.gradflow import Cut, GradientFlow, gradient_flow, group_by_module
-from grpo.runtime.policy import Policy
 
 CHECK = "gradient flow"
 _SHOWN = 4
@@ -21,22 +22,24 @@ def check_gradient_flow(subject: Subject) -> Iterator[Finding]:
     loss, *_ = subject.losses(subject.batch(subject.teaching[:1]))
     loss()  # from here on the old policy is the one that sampled, and the loss's value moves with the model
     flow = gradient_flow(policy.model, loss)
-    yield from judge_flow(flow, policy, is_lora=isinstance(subject.config.trainable, LoraTrainable))
+    is_lora = isinstance(subject.config.trainable, LoraTrainable)
+    meant = {name for name, _ in policy.model.named_parameters() if not is_lora or ".lora_" in name}
+    yield from judge_flow(flow, policy.model, meant=meant)
 
 
-def judge_flow(flow: GradientFlow, policy: Policy, *, is_lora: bool) -> Iterator[Finding]:
-    """Args: is_lora: only the adapter's parameters should learn."""
-    learning = policy.trainable_parameters()
-    adapter = {name: one for name, one in policy.model.named_parameters() if is_lora and ".lora_" in name}
-    strays = [name for name in learning if is_lora and name not in adapter]
-    asleep = [name for name, parameter in adapter.items() if not parameter.requires_grad]
-    count, total = sum(parameter.numel() for parameter in learning.values()), policy.num_parameters()
+def judge_flow(flow: GradientFlow, model: nn.Module, *, meant: Collection[str]) -> Iterator[Finding]:
+    """Args: meant: names of the parameters that should learn, and no others."""
+    parameters = dict(model.named_parameters())
+    learning = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    strays = [name for name in learning if name not in meant]
+    asleep = [name for name, parameter in parameters.items() if name in meant and not parameter.requires_grad]
+    count, total = (sum(one.numel() for one in own.values()) for own in (learning, parameters))
     frozen = "every parameter learns" if count == total else f"base frozen: {'no' if strays else 'yes'}"
     share = f"trainable {count:,} = {count / total:.1%}; {frozen}"
     figures = _figures(flow, count, total)
     if not (flow.unreached or flow.cuts or strays or asleep):
         late = f"; {len(flow.zero_at_start)} from the second step on" if flow.zero_at_start else ""
-        late += " (where a B starts at 0)" if late and is_lora else ""
+        late += " (where a B starts at 0)" if any(".lora_" in name for name in flow.zero_at_start) else ""
         yield Finding(check=CHECK, status="ok", what=f"{share}; {_by_part(flow)}{late}", figures=figures)
     if flow.unreached:
         yield _unreached(flow, share, figures)
@@ -46,9 +49,9 @@ def judge_flow(flow: GradientFlow, policy: Policy, *, is_lora: bool) -> Iterator
         yield Finding(
             check=CHECK,
             status="failed",
-            what=f"the adapter should learn and nothing else, but {_some(names)}",
-            meaning="another part of the model is trained than the recipe says",
-            remedy="somebody set requires_grad after the adapter was made: take that out",
+            what=f"another part of the model learns than was meant: {_some(names)}",
+            meaning="what was meant to learn does not, or more learns and takes memory for its gradients and moments",
+            remedy="somebody set requires_grad after the model was made ready: take that out",
             figures={"strays": strays, "asleep": asleep},
         )
     if flow.zero_always:
