@@ -9,7 +9,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from grpo.config import (
     EntropyConfig,
     FilePrompts,
     LossConfig,
+    PartConfig,
     PromptsConfig,
     RunConfig,
     TrainableConfig,
@@ -197,6 +198,7 @@ _UNIONS = {
     "prompts": PromptsConfig,
     "beta": BetaConfig,
     "trainable": TrainableConfig,
+    "parts": PartConfig,
     "loss": LossConfig,
     "entropy": EntropyConfig,
     "truncated": TruncatedConfig,
@@ -233,7 +235,7 @@ _KINDS = {  # the part of pydantic's error type before its "_"
 
 def _expected(item: ErrorDetails, path: Sequence[str]) -> str:
     kind, context = item["type"], item.get("ctx", {})
-    if path[-1] == "modules":
+    if path[-1] == "modules" and "parts" not in path:
         return "'all-linear', or a list of module names"
     if len(path) > 1 and path[-2] == "end_tokens":
         return "a token's id or text"
@@ -270,9 +272,19 @@ def _did_you_mean(value: object, known: Sequence[str]) -> str:
 
 def _without_tags(location: Sequence[str]) -> list[str]:
     """The keys as the recipe has them: without a union's tag, and without the types of a plain union."""
-    pairs = zip(["", *location], location, strict=False)
-    untagged = [part for before, part in pairs if not (before in _UNIONS and part in _TAGS)]
+    untagged = [part for part, is_tag in _with_kinds(location) if not is_tag]
     return [part for part in untagged if not re.fullmatch(r"str|int|(literal|tuple)\[.*\]", part)]
+
+
+def _with_kinds(location: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Each part of a location, and whether it is a union's tag: it stands behind the union's key or, of a list of them,
+    behind the number in it."""
+    key = ""
+    for part in location:
+        is_tag = key in _UNIONS and part in _TAGS
+        yield part, is_tag
+        if is_tag or not part.isdecimal():
+            key = "" if is_tag else part
 
 
 def _nearest_key(location: Sequence[str]) -> str:
@@ -283,7 +295,9 @@ def _nearest_key(location: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.51)
     if close:
         return ".".join([*path, close[0]])
-    if parents != path and (others := [m for m in _models_at(RunConfig, path) if name in m.model_fields]):
+    *union, tag = _with_kinds(parents) if parents else [("", False)]
+    beside = _models_at(RunConfig, [part for part, _ in union]) if tag[1] else []
+    if others := [m for m in beside if name in m.model_fields]:
         return f"{'.'.join(path)}.type={_tags(others[0])[0]}, which has it"
     every = {key.split(".")[-1]: key for key in reversed(_all_keys(RunConfig))}  # of keys of one name the first
     close = difflib.get_close_matches(name, list(every), n=1, cutoff=0.6)
@@ -304,8 +318,8 @@ _TAGS = {tag for union in _UNIONS.values() for model in _models_in(union) for ta
 def _models_at(model: type[BaseModel], parents: Sequence[str]) -> list[type[BaseModel]]:
     """The records that may stand at a place, narrowed by the union tags in it."""
     models = [model]
-    for before, parent in zip(["", *parents], parents, strict=False):
-        if before in _UNIONS and parent in _TAGS:
+    for parent, is_tag in _with_kinds(parents):
+        if is_tag:
             models = [m for m in models if parent in _tags(m)]
         elif any(parent in m.model_fields for m in models):
             fields = [m.model_fields[parent] for m in models if parent in m.model_fields]

@@ -32,16 +32,22 @@ from grpo.config.rollout import (
 from grpo.config.run import (
     CheckpointConfig,
     EvalConfig,
-    FullTrainable,
-    LoraTrainable,
     RunConfig,
     ScoringConfig,
-    TrainableConfig,
     WarmupConfig,
 )
 from grpo.config.trackers import (
     TrackerConfig,
     TrackerType,
+)
+from grpo.config.trainable import (
+    FullPart,
+    FullTrainable,
+    LoraPart,
+    LoraTrainable,
+    PartConfig,
+    PartsTrainable,
+    TrainableConfig,
 )
 from grpo.config.update import (
     AdaptiveEntropyConfig,
@@ -80,16 +86,20 @@ __all__ = [
     "FilePrompts",
     "FixedBetaConfig",
     "FixedEntropyConfig",
+    "FullPart",
     "FullTrainable",
     "GradientsConfig",
     "HubPrompts",
     "KlConfig",
     "LearningRateRule",
+    "LoraPart",
     "LoraTrainable",
     "LossConfig",
     "ObjectiveConfig",
     "ObservedKl",
     "OptimConfig",
+    "PartConfig",
+    "PartsTrainable",
     "PromptsConfig",
     "ProportionalBetaConfig",
     "RolloutConfig",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,7 @@ from grpo.config.objectives import ObjectiveConfig
 from grpo.config.prompts import PromptsConfig
 from grpo.config.rollout import RolloutConfig
 from grpo.config.trackers import TrackerConfig
+from grpo.config.trainable import LoraTrainable, TrainableConfig
 from grpo.config.update import OptimConfig, UpdateConfig
 
 
@@ -56,25 +57,6 @@ class WarmupConfig(StrictModel):
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size = {self.micro_batch_size} does not divide {self.batch_size}")
         return self
-
-
-class LoraTrainable(StrictModel):
-    """Low-rank adapters; the reference is the same model with them switched off, or as a warm-up left them."""
-
-    type: Literal["lora"] = "lora"
-    rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32.0, gt=0)
-    modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Module names as peft matches them; all-linear leaves the language-model head out."""
-
-
-class FullTrainable(StrictModel):
-    """Every parameter learns, in float32; the reference is a second copy of the model."""
-
-    type: Literal["full"]
-
-
-TrainableConfig = Annotated[LoraTrainable | FullTrainable, Field(discriminator="type")]
 
 
 class EvalConfig(StrictModel):

@@ -169,7 +169,7 @@ class VllmServerEngine:
             raise ConfigError(f"{exc} Start it with the recipe's model, or set rollout.engine.sync to merged.") from exc
 
     def _chosen_sync(self, policy: Policy, facts: Sequence[ServerFacts]) -> Sync:
-        if policy.trains_all_weights:
+        if not policy.learns_one_adapter:
             return choose_sync(self._config.sync, policy, is_cpu=False)
         rank = adapter_of(policy).rank
         told = zip(self._fleet.servers, facts, strict=True)

@@ -74,10 +74,11 @@ def choose_sync(sync: Literal["auto", "adapter", "merged"], policy: Policy, *, i
     Raises:
         ConfigError: an adapter is to be synced and there is none, or one that vLLM has no room for.
     """
-    if policy.trains_all_weights:
+    if not policy.learns_one_adapter:
         if sync == "adapter":
             raise ConfigError(
-                "rollout.engine.sync is adapter, but trainable.type is full: there is no adapter. Set it to auto."
+                "rollout.engine.sync is adapter, but what trainable says to train is not one adapter of one rank. Set "
+                "it to auto."
             )
         return "merged"
     if sync == "auto":
@@ -96,26 +97,24 @@ def whole_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Ten
     All and not only those that changed: vLLM packs several of them into one, and takes the pack or nothing. Merged
     ones are made one at a time, so that the adapted model is never in memory twice.
     """
-    changed = policy.merged_weights()
-    if policy.trains_all_weights:
-        yield from ((name, weight.to(dtype)) for name, weight in changed)
-        return
+    changed = policy.merged_weights()  # in the order of the parameters
+    pending = next(changed, None)
     for name, parameter in policy.causal_lm.named_parameters():
-        if parameter.requires_grad:  # the adapter's own
+        if policy.is_adapters_own(name):
             continue
         plain = name.replace(".base_layer.", ".")
-        if name.endswith(".base_layer.weight"):
-            merged_name, weight = next(changed)  # both follow the order of the modules
-            assert merged_name == plain, f"{merged_name} came where {plain} was expected"
+        if pending is not None and pending[0] == plain:
+            yield plain, pending[1].to(dtype)
+            pending = next(changed, None)
         else:
-            weight = parameter.detach()
-        yield plain, weight.to(dtype)
+            yield plain, parameter.detach().to(dtype)
+    assert pending is None, f"{pending[0]} is no parameter of the model, or came before its turn"
 
 
 def base_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(name in the plain model, weight in `dtype`) of every parameter as it is without the adapter."""
     for name, parameter in policy.causal_lm.named_parameters():
-        if not parameter.requires_grad:  # the adapter's own
+        if not policy.is_adapters_own(name):
             yield name.replace(".base_layer.", "."), parameter.detach().to(dtype)
 
 

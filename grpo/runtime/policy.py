@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from grpo.config import LoraTrainable, TrainableConfig
-from grpo.errors import CheckpointError, ConfigError
+from grpo.config import FullTrainable, TrainableConfig
+from grpo.errors import CheckpointError
 from grpo.runtime.packaged_model import quiet_transformers
+from grpo.runtime.trainable import adapter_parameters, lora_layers, make_trainable, plain_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
 ANCHOR = "reference.safetensors"
 """Beside the weights: the trainable parameters as they were when they were taken as reference."""
+PARTS, ADAPTER = "parts.safetensors", "adapter"
+"""Of a policy that trains parts: its fully trained parameters under the plain model's names; peft's folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,7 @@ class LanguageModelHead:
 
 
 class Policy:
-    """A causal language model with its trainable part and its frozen reference.
+    """A language model, alone or as a part of a larger model, with what of it learns and its frozen reference.
 
     Owns the training copy of the weights. Frozen weights keep the model's dtype; trainable parameters are float32,
     because bfloat16 weights lose updates smaller than their resolution.
@@ -67,15 +68,16 @@ class Policy:
         self._tokenizer = tokenizer
         self._anchor: dict[str, Tensor] | None = None
         self._compute_dtype = model.dtype
-        if isinstance(trainable, LoraTrainable):
-            self.model: PreTrainedModel | PeftModel = _with_adapter(model, trainable, seed=seed)
-            self._reference: PreTrainedModel | None = None
-        else:
+        self._reference: PreTrainedModel | None = None
+        if isinstance(trainable, FullTrainable):
             # eval mode for good: it takes no gradient, so nothing is lost, and no caller can forget its dropout;
             # float32 as the policy is: other arithmetic in the two passes would be taken for a KL
             self._reference = copy.deepcopy(model).requires_grad_(False).eval()
             _to_float32(self._reference.parameters())
-            self.model = model.requires_grad_(True)
+        learner = make_trainable(model, trainable, seed=seed)
+        self.model: PreTrainedModel | PeftModel = learner.model
+        self.learner = learner
+        self._adapters = adapter_parameters(self.causal_lm)
         _to_float32(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         self.model.train()
 
@@ -88,6 +90,17 @@ class Policy:
     def trains_all_weights(self) -> bool:
         """No adapter: every parameter learns, and the reference is a copy."""
         return self._reference is not None
+
+    @property
+    def learns_one_adapter(self) -> bool:
+        """A single LoRA adapter of one rank and alpha, and nothing besides: what an engine can take as such."""
+        if not isinstance(self.model, PeftModel) or self.learner.start:
+            return False
+        return not any(config.rank_pattern or config.alpha_pattern for config in self.model.peft_config.values())  # pyright: ignore[reportAttributeAccessIssue]
+
+    def is_adapters_own(self, name: str) -> bool:
+        """Whether an adapter brought a parameter of `causal_lm` with it."""
+        return name in self._adapters
 
     @property
     def device(self) -> torch.device:
@@ -117,9 +130,11 @@ class Policy:
                 with self._swapped(self._anchor):
                     yield self.causal_lm
             else:
-                assert isinstance(self.model, PeftModel)
-                with self.model.disable_adapter():
+                with self._swapped(self.learner.start), self._adapters_off():
                     yield self.causal_lm
+
+    def _adapters_off(self) -> contextlib.AbstractContextManager[None]:
+        return self.model.disable_adapter() if isinstance(self.model, PeftModel) else contextlib.nullcontext()
 
     def take_as_reference(self) -> None:
         """The policy as it is now is the reference from here on: after a supervised stage, KL starts at 0 again."""
@@ -134,38 +149,48 @@ class Policy:
                     own[name].copy_(value)
 
     @contextlib.contextmanager
-    def _swapped(self, values: dict[str, Tensor]) -> Iterator[None]:
-        """Other values in the trainable parameters, for the while."""
+    def _swapped(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other values in these parameters, for the while; in their own dtype, for the arithmetic must be the same."""
         parameters = self.trainable_parameters()
-        kept = {name: parameter.data for name, parameter in parameters.items()}
+        kept = {name: parameters[name].data for name in values}
         try:
-            for name, parameter in parameters.items():
-                parameter.data = values[name].to(parameter.device)
+            for name, value in values.items():
+                parameters[name].data = value.to(kept[name])
             yield
         finally:
-            for name, parameter in parameters.items():
-                parameter.data = kept[name]
+            for name, value in kept.items():
+                parameters[name].data = value
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in the plain model, weight) of every parameter that training changes, adapters added in float32."""
-        if not isinstance(self.model, PeftModel):
-            yield from ((name, p.detach()) for name, p in self.causal_lm.named_parameters())
-            return
-        for name, module in self.causal_lm.named_modules():
-            if isinstance(module, LoraLayer):
-                layer = module.get_base_layer()
-                delta = module.get_delta_weight(module.active_adapters[0])  # pyright: ignore[reportAttributeAccessIssue]
-                yield f"{name}.weight", (layer.weight.float() + delta.float()).detach()  # pyright: ignore[reportOptionalMemberAccess]
+        """(name in the plain model, weight) of every parameter that training changes, in the model's order; adapters
+        are added in float32, one layer at a time."""
+        layers = lora_layers(self.causal_lm)
+        for name, parameter in self.causal_lm.named_parameters():
+            layer = layers.get(name.removesuffix(".base_layer.weight"))
+            if layer is not None:
+                delta = layer.get_delta_weight(layer.active_adapters[0])  # pyright: ignore[reportAttributeAccessIssue]
+                yield plain_name(name), (parameter.float() + delta.float()).detach()
+            elif parameter.requires_grad and not self.is_adapters_own(name):
+                yield plain_name(name), parameter.detach()
 
     def save(self, folder: Path) -> None:
-        """Write the adapter (LoRA) or the whole model as safetensors, loadable by peft or transformers; the tokenizer
-        beside it."""
+        """Write what learns as safetensors, and the tokenizer beside it.
+
+        LoRA: an adapter that peft loads. All weights: a model that transformers loads. Parts: `PARTS` with the fully
+        trained parameters, and the adapters in `ADAPTER`; `load_parts` puts both on a model. Parts that are all
+        adapters are an adapter as LoRA is.
+        """
+        parts = self._fully_trained()
         if isinstance(self.model, PeftModel):
             # embeddings are never resized here; "auto" would find that out by asking the hub for the base model
-            self.model.save_pretrained(str(folder), save_embedding_layers=False)
-        else:
+            self.model.save_pretrained(str(_adapter_folder(folder, parts)), save_embedding_layers=False)
+        elif not parts:
             with quiet_transformers():
                 self.model.save_pretrained(str(folder))
+        if parts:
+            folder.mkdir(parents=True, exist_ok=True)
+            values = {plain_name(name): parameter.detach().cpu().contiguous() for name, parameter in parts.items()}
+            save_file(values, folder / PARTS, metadata={"format": "pt"})
         if self._tokenizer is not None:
             self._tokenizer.save_pretrained(str(folder))
         if self._anchor is not None:
@@ -173,20 +198,57 @@ class Policy:
 
     def load(self, folder: Path) -> None:
         """Take back the trainable parameters that `save` wrote. Raises CheckpointError where they do not fit."""
-        name = "adapter_model.safetensors" if isinstance(self.model, PeftModel) else "model.safetensors"
-        saved = load_file(folder / name)
-        own = self.trainable_parameters()
-        renamed = {_saved_name(key): parameter for key, parameter in own.items()}
-        missing = sorted(set(renamed) - set(saved))
-        if missing or any(saved[key].shape != renamed[key].shape for key in renamed):
-            raise CheckpointError(
-                f"{folder / name} does not hold this model's parameters (first missing: {missing[:1]})"
-            )
-        with torch.no_grad():
-            for key, parameter in renamed.items():
-                parameter.copy_(saved[key])
+        parts = self._fully_trained()
+        adapters = {name: one for name, one in self.trainable_parameters().items() if name not in parts}
+        if parts:
+            _take_back(folder / PARTS, {plain_name(name): parameter for name, parameter in parts.items()})
+        if isinstance(self.model, PeftModel):
+            file = _adapter_folder(folder, parts) / "adapter_model.safetensors"
+            _take_back(file, {_saved_name(name): parameter for name, parameter in adapters.items()})
+        elif not parts:
+            _take_back(folder / "model.safetensors", adapters)
         if (folder / ANCHOR).is_file():
             self._set_anchor({key: value.to(self.device) for key, value in load_file(folder / ANCHOR).items()})
+
+    def _fully_trained(self) -> dict[str, nn.Parameter]:
+        """Those of `trainable.parts`; none where an adapter or all weights learn."""
+        own = self.trainable_parameters()
+        return {name: own[name] for name in self.learner.start}
+
+
+def load_parts(model: PreTrainedModel, folder: Path) -> PreTrainedModel | PeftModel:
+    """A model as it was loaded, and a `policy` folder of a run with `trainable.parts` -> the trained model.
+
+    The same by hand: `model.load_state_dict(load_file(folder / "parts.safetensors"), strict=False)`, then, where there
+    is a folder `adapter`, `PeftModel.from_pretrained(model, folder / "adapter")`.
+
+    Raises:
+        CheckpointError: the folder holds parameters that the model does not have.
+    """
+    if (folder / PARTS).is_file():
+        own = dict(model.named_parameters())
+        saved = load_file(folder / PARTS)
+        if strange := sorted(set(saved) - set(own)):
+            raise CheckpointError(f"{folder / PARTS} holds {strange[0]}, which the model does not have")
+        _take_back(folder / PARTS, {name: own[name] for name in saved})
+    adapter = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+    return PeftModel.from_pretrained(model, str(adapter)) if (adapter / "adapter_config.json").is_file() else model
+
+
+def _adapter_folder(folder: Path, parts: Mapping[str, object]) -> Path:
+    """Beside other parts in a folder of its own: peft, given the folder itself, must not load half of the policy."""
+    return folder / ADAPTER if parts else folder
+
+
+def _take_back(file: Path, own: Mapping[str, nn.Parameter]) -> None:
+    """Saved values into parameters, by the names of the file."""
+    saved = load_file(file)
+    missing = sorted(set(own) - set(saved))
+    if missing or any(saved[name].shape != own[name].shape for name in own):
+        raise CheckpointError(f"{file} does not hold this model's parameters (first missing: {missing[:1]})")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
 
 
 def _to_float32(parameters: Iterable[nn.Parameter]) -> None:
@@ -197,39 +259,6 @@ def _to_float32(parameters: Iterable[nn.Parameter]) -> None:
 def _saved_name(name: str) -> str:
     """peft leaves the adapter's own name out of the file: lora_A.default.weight is saved as lora_A.weight."""
     return name.replace(".default.", ".")
-
-
-def _with_adapter(model: PreTrainedModel, trainable: LoraTrainable, *, seed: int) -> PeftModel:
-    modules = trainable.modules if isinstance(trainable.modules, str) else list(trainable.modules)
-    head = model.get_output_embeddings()
-    config = LoraConfig(
-        r=trainable.rank,
-        lora_alpha=trainable.alpha,  # pyright: ignore[reportArgumentType]  # a float scales as well
-        target_modules=modules,
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # peft sets it right, layer by layer
-        # peft draws the A matrices on the CPU, from the global generator; torch.manual_seed would reseed the GPUs too
-        torch.default_generator.manual_seed(seed)
-        try:
-            adapted = get_peft_model(model, config)
-        except ValueError as exc:
-            raise ConfigError(f"trainable.modules {modules} do not fit this model: {exc}") from exc
-    assert isinstance(adapted, PeftModel)
-    if isinstance(adapted.get_base_model().get_output_embeddings(), LoraLayer) or head is None:  # pyright: ignore[reportCallIssue]
-        raise ConfigError(
-            "trainable.modules matches the language-model head, whose log-probabilities are computed from its weight "
-            "alone. Leave the head out; all-linear does."
-        )
-    if isinstance(adapted.get_base_model().get_input_embeddings(), LoraLayer):  # pyright: ignore[reportCallIssue]
-        raise ConfigError(
-            "trainable.modules matches the token embeddings, which many models share with the head: merged there, the "
-            "adapter would change the head too. Leave them out; all-linear does."
-        )
-    return adapted
 
 
 def language_model_head(model: PreTrainedModel) -> LanguageModelHead:

@@ -137,8 +137,11 @@ def test_an_unknown_key_far_from_all_known_ones_gets_no_guess(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("trainable={rank: 8}", "trainable.type is missing; expected 'lora' or 'full'"),
-        ("trainable={type: lorra}", "trainable.type is 'lorra'; expected 'lora' or 'full'; did you mean 'lora'?"),
+        ("trainable={rank: 8}", "trainable.type is missing; expected 'lora', 'full' or 'parts'"),
+        (
+            "trainable={type: lorra}",
+            "trainable.type is 'lorra'; expected 'lora', 'full' or 'parts'; did you mean 'lora'?",
+        ),
         ("prompts={type: flie}", "prompts.type is 'flie'; expected 'tasks', 'file' or 'hub'; did you mean 'file'?"),
         (
             "objectives.brevity.beta={low: 0.1, high: 0.2}",
