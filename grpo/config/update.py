@@ -192,6 +192,12 @@ class UpdateConfig(StrictModel):
     gradients: GradientsConfig = GradientsConfig()
     micro_batch_tokens: int = Field(default=8192, ge=1)
     """Budget of one micro-batch, padding included. Changes memory and speed, never the gradient."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """Blocks of the model that keep only their input and are computed again for their gradient: every second one
+    (selective) or all (full). The same gradient, in less memory and more time."""
+    offload: Literal["none", "activations"] = "none"
+    """What a policy pass keeps for its gradient waits in host memory: the same gradient, for the time of the copies. On
+    a GPU only."""
     max_non_finite_steps: int = Field(default=3, ge=1)
     """Steps in a row that may be skipped for a loss or gradient that is not finite; then the run stops."""
 
@@ -227,6 +233,8 @@ class OptimConfig(StrictModel):
 
     type: Literal["adamw", "adamw_8bit"] = "adamw"
     """`adamw_8bit` keeps its moments in 8 bits (bitsandbytes, the extra `8bit`)."""
+    offload: Literal["none", "states"] = "none"
+    """The moments wait in host memory between steps. On a GPU only."""
     learning_rate: float = Field(gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """`linear` and `cosine` fall from learning_rate after the warm-up towards 0 after the last step."""

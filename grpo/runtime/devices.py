@@ -75,6 +75,17 @@ def _flash_attention_obstacle(device: torch.device, dtype: torch.dtype) -> str |
     return None
 
 
+def check_offload(device: torch.device, *, update_offload: str, optim_offload: str) -> None:
+    """Whether there is a card to take something off. Raises ConfigError for a recipe's offloading on a CPU."""
+    asked = [("update.offload", update_offload), ("optim.offload", optim_offload)]
+    for key, value in asked:
+        if value != "none" and device.type != "cuda":
+            raise ConfigError(
+                f"{key} is {value}, which needs a GPU: it moves what is on the card to the host's memory, and the "
+                f"device is {device.type}. Set {key}=none; on a CPU, update.checkpointing lowers the update's memory."
+            )
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak so far: the device's own count on CUDA, else this process's resident memory."""
     if device.type == "cuda":

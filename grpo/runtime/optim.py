@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from grpo.config import OptimConfig
 from grpo.errors import ConfigError
 
 _NAMES_SHOWN = 4
+EmptyOnHost: TypeAlias = Callable[[Tensor], Tensor]
+"""A tensor -> an uninitialised one of its shape and dtype in host memory."""
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
@@ -98,6 +100,48 @@ def learning_rate_at(config: OptimConfig, *, step: int, steps: int) -> float:
     if config.schedule == "linear":
         return config.learning_rate * (1 - share_done)
     return config.learning_rate * (1 + math.cos(math.pi * share_done)) / 2
+
+
+def offload_states(optimizer: torch.optim.Optimizer, *, empty_on_host: EmptyOnHost | None = None) -> None:
+    """Keep what the optimizer remembers in host memory, but for the while of its steps.
+
+    The buffers on the host are made once, and are the state's own values between steps: what `named_state` reads and
+    `load_named_state` fills. A parameter's scalars, such as its count of steps, stay where they are.
+
+    Args:
+        optimizer: of `build_optimizer`.
+        empty_on_host: makes a buffer like a tensor; None: page-locked memory.
+    """
+    empty = empty_on_host or _empty_pinned
+    buffers: dict[tuple[nn.Parameter, str], Tensor] = {}
+
+    def bring(*_: Any) -> None:
+        for parameter, key, value in _large_states(optimizer):
+            optimizer.state[parameter][key] = value.to(parameter.device, non_blocking=True)
+
+    def leave(*_: Any) -> None:
+        for parameter, key, value in _large_states(optimizer):
+            place = (parameter, key)
+            if place not in buffers or buffers[place].shape != value.shape or buffers[place].dtype != value.dtype:
+                buffers[place] = empty(value)
+            optimizer.state[parameter][key] = buffers[place].copy_(value)  # waits: the host may read it at any time
+
+    optimizer.register_step_pre_hook(bring)
+    optimizer.register_step_post_hook(leave)
+    optimizer.register_load_state_dict_post_hook(leave)
+
+
+def _large_states(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, str, Tensor]]:
+    return [
+        (parameter, key, value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.numel() > 1
+    ]
+
+
+def _empty_pinned(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from grpo.batching import MicroBatch
+from grpo.runtime.image_inputs import prompt_inputs
+from grpo.update.activations import attention_of
 
 PLAIN_ATTENTION_SCORES = 32 * 2**20
 """Attention scores of one layer that may be held whole on a CPU: 128 MiB in float32, kept for the backward pass."""
@@ -30,18 +33,12 @@ def predicting_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
 @contextlib.contextmanager
 def _fastest_attention(model: PreTrainedModel, batch: MicroBatch) -> Iterator[None]:
     """On a CPU, short rows take plain attention: the fused kernel's backward pass is several times slower there."""
-    given = model.config._attn_implementation
     rows, columns = batch.completion_ids.shape[0], batch.completion_ids.shape[1]
     heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)
     scores = rows * heads * columns * (batch.prompt_ids.shape[1] + columns)
-    if given != "sdpa" or batch.completion_ids.device.type != "cpu" or scores > PLAIN_ATTENTION_SCORES:
+    is_short = batch.completion_ids.device.type == "cpu" and scores <= PLAIN_ATTENTION_SCORES and batch.images is None
+    with attention_of(model, "eager" if is_short and model.config._attn_implementation == "sdpa" else None):
         yield
-        return
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(given)
 
 
 def can_share_prompts(model: PreTrainedModel) -> bool:
@@ -49,13 +46,48 @@ def can_share_prompts(model: PreTrainedModel) -> bool:
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
+class PromptLayer(DynamicLayer):
+    """One layer's keys and values of G prompts, kept from their own pass.
+
+    A block may be computed a second time, for its gradient; what is kept stays that of the first.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """What the prompts attend to: themselves. Args: key_states, value_states: [G, heads, T, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+
+class RowsLayer(DynamicLayer):
+    """The same layer for B rows that follow the prompts. Reading it changes nothing, however often a block is computed;
+    each layer's prompts are written out for their rows when it is read, not all layers' at once."""
+
+    def __init__(self, prompts: PromptLayer, prompt_of_row: Tensor) -> None:
+        """Args: prompts: after their pass; prompt_of_row: [B]."""
+        super().__init__()
+        assert prompts.keys is not None
+        self.keys, self.values, self.is_initialized = prompts.keys, prompts.values, True
+        self._prompt_of_row = prompt_of_row
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """What the rows attend to. Args: key_states, value_states: [B, heads, T, D] of their own tokens."""
+        assert self.keys is not None
+        assert self.values is not None
+        keys = torch.cat([self.keys[self._prompt_of_row], key_states], dim=-2)
+        return keys, torch.cat([self.values[self._prompt_of_row], value_states], dim=-2)
+
+
 def _shared(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
-    cache = DynamicCache(config=model.config)
+    given = prompt_inputs(model, batch.prompt_ids, batch.prompt_mask, batch.images)
+    prompts = [PromptLayer() for _ in DynamicCache(config=model.config).layers]
     prompt_states = model.base_model(
         input_ids=batch.prompt_ids,
         attention_mask=batch.prompt_mask,
-        position_ids=_positions(batch.prompt_mask),
-        past_key_values=cache,
+        position_ids=given.position_ids,
+        **given.images,
+        past_key_values=Cache(layers=prompts),
         use_cache=True,
     ).last_hidden_state  # [G, T_prompt, H]
     lengths = batch.prompt_mask.sum(dim=1)  # [G]
@@ -63,20 +95,21 @@ def _shared(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     first = prompt_states[groups, lengths - 1][batch.prompt_of_row][:, None]  # [B, 1, H] predicts the first token
     if batch.completion_ids.shape[1] == 1:
         return first
-    cache.batch_select_indices(batch.prompt_of_row)
     read = batch.completion_mask[:, :-1].long()  # the last token predicts nothing
     rest = model.base_model(
         input_ids=batch.completion_ids[:, :-1],
         attention_mask=torch.cat([batch.prompt_mask[batch.prompt_of_row], read], dim=1),
-        position_ids=lengths[batch.prompt_of_row][:, None] + torch.arange(read.shape[1], device=read.device),
-        past_key_values=cache,
+        position_ids=given.next_position[batch.prompt_of_row][:, None]
+        + torch.arange(read.shape[1], device=read.device),
+        past_key_values=Cache(layers=[RowsLayer(layer, batch.prompt_of_row) for layer in prompts]),
         use_cache=True,
     ).last_hidden_state  # [B, T - 1, H]
     return torch.cat([first, rest], dim=1)
 
 
 def whole_row_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
-    """The same from rows that hold prompt and completion: slower, for any causal model."""
+    """The same from rows that hold prompt and completion: slower, for any causal model that reads text alone."""
+    assert batch.images is None, "a model that cannot share prompts is refused where they may show images"
     mask = torch.cat([batch.prompt_mask[batch.prompt_of_row], batch.completion_mask.long()], dim=1)  # [B, L]
     states = model.base_model(
         input_ids=torch.cat([batch.prompt_ids[batch.prompt_of_row], batch.completion_ids], dim=1),

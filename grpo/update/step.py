@@ -14,14 +14,16 @@ from grpo.batching import TrainBatch
 from grpo.config import OptimConfig, UpdateConfig
 from grpo.phases import Announce, silent
 from grpo.rollout.base import SamplingParams
+from grpo.runtime.devices import check_offload
 from grpo.runtime.distributed import Ranks
-from grpo.runtime.optim import build_optimizer, learning_rate_at, set_learning_rate
+from grpo.runtime.optim import build_optimizer, learning_rate_at, offload_states, set_learning_rate
 from grpo.runtime.policy import Policy, dropout_off
 from grpo.update.beta import BetaController
 from grpo.update.combination import gradient_cosines
 from grpo.update.entropy import EntropyBonus
 from grpo.update.forward import replay_of
 from grpo.update.gradients import GradientWindow
+from grpo.update.host_memory import PinnedHost
 from grpo.update.non_finite import NOWHERE, first_non_finite_module
 from grpo.update.out_of_memory import Shortage, cause_of, halved_budget, is_out_of_memory
 from grpo.update.statistics import WindowStatistics
@@ -105,10 +107,14 @@ class Updater:
         self._num_halvings, self._shortage = 0, ""
         self._update, self._optim, self._params = update, optim, params
         self._ranks = ranks or Ranks(use_cpu=policy.device.type == "cpu")
-        self._loss = WindowLoss(policy, observed=observed, params=params, update=update)
+        check_offload(policy.device, update_offload=update.offload, optim_offload=optim.offload)
+        host = PinnedHost(policy.device) if update.offload == "activations" else None
+        self._loss = WindowLoss(policy, observed=observed, params=params, update=update, host=host)
         parameters = policy.trainable_parameters()
         self.gradients = GradientWindow(parameters)
         self.optimizer = build_optimizer(parameters, optim)
+        if optim.offload == "states":
+            offload_states(self.optimizer)
 
     def step(
         self, batch: TrainBatch, *, step: int = 0, steps: int = 1, seed: int = 0, announce: Announce = silent

@@ -16,7 +16,9 @@ from grpo.errors import ConfigError
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.replay import Replay
 from grpo.runtime.policy import Policy
+from grpo.update.activations import checkpointed, checkpointed_blocks
 from grpo.update.forward import Forward, policy_pass, reference_logprobs, replay_of
+from grpo.update.host_memory import Host, offloaded
 from grpo.update.kl import kl_penalty
 from grpo.update.losses import (
     REDUCTIONS,
@@ -120,10 +122,22 @@ class WindowLoss:
     """The loss that a recipe's `update` describes, micro-batch by micro-batch."""
 
     def __init__(
-        self, policy: Policy, *, observed: Mapping[str, str], params: SamplingParams, update: UpdateConfig
+        self,
+        policy: Policy,
+        *,
+        observed: Mapping[str, str],
+        params: SamplingParams,
+        update: UpdateConfig,
+        host: Host | None = None,
     ) -> None:
-        """Args: observed: objective -> "k3" or "penalty", what its controller looks at; params: the sampling law."""
-        self._policy, self._params, self._update = policy, params, update
+        """Args: observed: objective -> "k3" or "penalty", what its controller looks at; params: the sampling law; host:
+        where what the policy's pass keeps for its gradient waits; None: where it is.
+
+        Raises:
+            ModelError: the model does not say which blocks could be checkpointed.
+        """
+        checkpointed_blocks(policy.causal_lm, update.checkpointing)
+        self._policy, self._params, self._update, self._host = policy, params, update, host
         self._observed = dict(observed)
         self._loss_arguments = loss_arguments(update)
         self._custom_loss = load_custom_loss(update.loss.path) if isinstance(update.loss, CustomLossConfig) else None
@@ -152,9 +166,11 @@ class WindowLoss:
         batch, mask, bonus = work.batch, work.batch.completion_mask, weighing.entropy_coefficient
         # the reference first: its activations are gone before those that the backward pass needs are held
         ref_logprobs = work.fixed.ref_logprobs if work.fixed else reference_logprobs(self._policy, batch, self._params)
-        forward = policy_pass(
-            self._policy, batch, self._params, replay=work.replay, entropy_has_gradient=bonus > 0
-        )  # [B, T] each
+        model = self._policy.causal_lm
+        with checkpointed(model, self._update.checkpointing), offloaded(model, self._host):
+            forward = policy_pass(
+                self._policy, batch, self._params, replay=work.replay, entropy_has_gradient=bonus > 0
+            )  # [B, T] each
         weights = kl_weights(batch.is_scored, whole.weights.to(mask.device), whole.objectives, weighing.betas)  # [B, O]
         is_first = work.fixed is None
         if work.fixed is None:

@@ -20,6 +20,7 @@ from grpo.runtime.optim import (
     learning_rate_factors,
     load_named_state,
     named_state,
+    offload_states,
     set_learning_rate,
 )
 
@@ -191,3 +192,61 @@ def test_a_state_of_another_model_is_refused() -> None:
     optimizer = build_optimizer(make_parameters(), OptimConfig(learning_rate=1e-3))
     with pytest.raises(KeyError, match=r"1\.q\.lora_A"):
         load_named_state(optimizer, {"1.q.lora_A/exp_avg": torch.zeros(3, 4)})
+
+
+def ordinary_memory(like: Tensor) -> Tensor:
+    """What a host without a card has in place of page-locked memory."""
+    return torch.empty_like(like)
+
+
+def test_states_that_wait_elsewhere_between_steps_give_the_same_steps() -> None:
+    config = OptimConfig(learning_rate=1e-2)
+    ends = []
+    for is_away in (False, True):
+        parameters = make_parameters()
+        optimizer = build_optimizer(parameters, config)
+        buffers: list[Tensor] = []
+        if is_away:
+
+            def made(like: Tensor, buffers: list[Tensor] = buffers) -> Tensor:
+                buffers.append(ordinary_memory(like))
+                return buffers[-1]
+
+            offload_states(optimizer, empty_on_host=made)
+        for number in range(3):
+            for parameter in parameters.values():
+                parameter.grad = torch.full_like(parameter, 0.1 * (number + 1))
+            optimizer.step()
+        state = named_state(optimizer)
+        ends.append(([p.detach().clone() for p in parameters.values()], state))
+        if is_away:  # two moments of each parameter, made once, and what the state is between steps
+            assert len(buffers) == 2 * len(parameters)
+            held = {v.data_ptr() for s in optimizer.state.values() for v in s.values() if v.numel() > 1}
+            assert held == {buffer.data_ptr() for buffer in buffers}
+    (plain, plain_state), (away, away_state) = ends
+    assert all(torch.equal(mine, given) for mine, given in zip(away, plain, strict=True))
+    assert plain_state.keys() == away_state.keys()
+    assert all(torch.equal(torch.as_tensor(away_state[k]), torch.as_tensor(plain_state[k])) for k in plain_state)
+
+
+def test_states_that_are_loaded_go_elsewhere_at_once() -> None:
+    config = OptimConfig(learning_rate=1e-2)
+    parameters = make_parameters()
+    first = build_optimizer(parameters, config)
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    first.step()
+    second = build_optimizer(make_parameters(), config)
+    buffers: list[Tensor] = []
+
+    def made(like: Tensor) -> Tensor:
+        buffers.append(ordinary_memory(like))
+        return buffers[-1]
+
+    offload_states(second, empty_on_host=made)
+    load_named_state(second, named_state(first))
+    held = {v.data_ptr() for s in second.state.values() for v in s.values() if v.numel() > 1}
+    assert held == {buffer.data_ptr() for buffer in buffers}
+    taken_back = named_state(second)
+    for key, value in named_state(first).items():
+        assert torch.equal(torch.as_tensor(taken_back[key]), torch.as_tensor(value))
