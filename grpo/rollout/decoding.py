@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from grpo.prompt_images import PromptImages
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.drawing import draw_tokens
 from grpo.rollout.processors import Prefix, Processor, build_processors, right_padded
 from grpo.rollout.shared_prompts import SharedPrompts
+from grpo.runtime.image_inputs import prompt_inputs
 
 COMPACT_FRACTION = 1 / 8
 """Ended rows whose room nobody waits for leave when they are at least this share: leaving copies the cache."""
@@ -53,6 +55,12 @@ class Work:
     """Rows side by side, at least one prompt's."""
     max_tokens: int | None
     """Rows side by side times prompt and max_new_tokens, at least one prompt's; None: no limit."""
+    images: Sequence[PromptImages | None] | None = None
+    """Of each prompt; None where none has any."""
+
+    def images_of(self, prompts: Sequence[int]) -> list[PromptImages | None] | None:
+        """Of some prompts."""
+        return None if self.images is None else [self.images[prompt] for prompt in prompts]
 
     def tokens_of(self, prompt: int) -> int:
         """Most tokens that the K rows of a prompt may come to, each with its prompt."""
@@ -138,8 +146,8 @@ class _SharedLoop:
         self._rows: list[Row] = []
         self._places: list[int] = []
         """Of each row: its slot * K + its sample."""
-        self._spans: list[tuple[int, int] | None] = []
-        """Of each slot: where in its cache the prompt begins and ends; None: free."""
+        self._spans: list[tuple[int, int, int] | None] = []
+        """Of each slot: where in its cache the prompt begins and ends, the position of what follows; None: free."""
         self._cache = self._empty_cache()
 
     def _empty_cache(self) -> SharedPrompts:
@@ -201,12 +209,14 @@ class _SharedLoop:
     def _prefill(self, prompts: Sequence[int]) -> Iterator[Row]:
         """Compute the prompts, give them slots, draw their rows' first tokens."""
         k = self._work.num_samples
-        ids, mask = left_padded([self._work.prompts[prompt] for prompt in prompts])
+        ids, mask = (t.to(self._device) for t in left_padded([self._work.prompts[prompt] for prompt in prompts]))
+        given = prompt_inputs(self._model, ids, mask, self._work.images_of(prompts))
         computed = DynamicCache(config=self._model.config)
         logits = self._model(
-            input_ids=ids.to(self._device),
-            attention_mask=mask.to(self._device),
-            position_ids=(mask.cumsum(dim=-1) - 1).clamp(min=0).to(self._device),
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=given.position_ids,
+            **given.images,
             past_key_values=computed,
             use_cache=True,
             # as an index: the slice that the number 1 makes is not contiguous, and costs a copy of the head for each
@@ -217,8 +227,8 @@ class _SharedLoop:
         slots += range(len(self._spans), len(self._spans) + len(prompts) - len(slots))
         self._spans += [None] * (max(slots) + 1 - len(self._spans))
         rows = [Row(index=prompt * k + sample) for prompt in prompts for sample in range(k)]
-        for slot, prompt in zip(slots, prompts, strict=True):
-            self._spans[slot] = (ids.shape[1] - len(self._work.prompts[prompt]), ids.shape[1])
+        for slot, prompt, position in zip(slots, prompts, given.next_position.tolist(), strict=True):
+            self._spans[slot] = (ids.shape[1] - len(self._work.prompts[prompt]), ids.shape[1], position)
             self._places += range(slot * k, slot * k + k)
         self._rows += rows
         self._cache.admit(computed, slots, num_slots=len(self._spans), num_rows=len(self._rows))
@@ -228,19 +238,19 @@ class _SharedLoop:
     def _step(self) -> Iterator[Row]:
         """One token for every row; ended ones that are still here get one that is thrown away."""
         live = self._live()
-        spans = torch.tensor([span or (0, 1) for span in self._spans], device=self._device)  # [G, 2]
+        spans = torch.tensor([span or (0, 1, 1) for span in self._spans], device=self._device)  # [G, 3]
         place = torch.tensor(self._places, device=self._device)  # [R]
         steps = torch.tensor([len(row.token_ids) - 1 for row in self._rows], device=self._device)  # [R]
         width = max(span[1] for span in self._spans if span is not None)
         self._cache.put_rows(place, steps, num_prompts=len(spans), prompt_width=width)
-        span = spans[place // self._work.num_samples]  # [R, 2]
+        span = spans[place // self._work.num_samples]  # [R, 3]
         columns = torch.arange(max(width, self._cache.width), device=self._device)
-        of_prompt = (columns[:width] >= span[:, :1]) & (columns[:width] < span[:, 1:])  # [R, T]
+        of_prompt = (columns[:width] >= span[:, :1]) & (columns[:width] < span[:, 1:2])  # [R, T]
         of_own = columns[: self._cache.width] <= steps[:, None]  # [R, S]
         logits = self._model(
             input_ids=torch.tensor([row.token_ids[-1:] for row in self._rows], device=self._device),  # [R, 1]
             attention_mask=torch.cat([of_prompt, of_own], dim=1)[:, None, None],  # [R, 1, 1, T + S]
-            position_ids=(span[:, 1] - span[:, 0] + steps)[:, None],
+            position_ids=(span[:, 2] + steps)[:, None],
             past_key_values=self._cache,
             use_cache=True,
             shared_prompts=self._cache,

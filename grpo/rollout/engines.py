@@ -38,14 +38,17 @@ def open_engine(
     params: SamplingParams,
     *,
     longest_prompt: int = 1,
+    reads_images: bool = False,
 ) -> RolloutEngine:
     """The engine with the policy's weights in it.
 
     Args:
         params: the law of training; an engine that cannot sample by it says so now.
         longest_prompt: tokens of the longest prompt there is; an engine without room for it says so now.
+        reads_images: prompts may show images; an engine that cannot pass them on says so now.
     Raises:
         ConfigError: it cannot be started with this recipe.
+        ModelError: it cannot sample from this model.
     """
     rollout = config.rollout
     if isinstance(rollout.engine, VllmEngineConfig):
@@ -70,4 +73,10 @@ def open_engine(
         )
     from grpo.rollout.transformers_engine import TransformersEngine
 
-    return TransformersEngine(policy, tokenizer, max_rows=rollout.max_rows, max_batch_tokens=rollout.max_batch_tokens)
+    return TransformersEngine(
+        policy,
+        tokenizer,
+        max_rows=rollout.max_rows,
+        max_batch_tokens=rollout.max_batch_tokens,
+        reads_images=reads_images,
+    )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo.errors import ModelError
 from grpo.prompts import EncodedPrompt
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.decoding import Row, Work, decode_plain, decode_shared
@@ -47,6 +48,7 @@ class TransformersEngine:
         *,
         max_rows: int = 64,
         max_batch_tokens: int | None = None,
+        reads_images: bool = False,
     ) -> None:
         """Copy the model, and try out how it can be decoded.
 
@@ -54,6 +56,9 @@ class TransformersEngine:
             max_rows: rows decoded side by side, at least one group.
             max_batch_tokens: most tokens that those rows may come to, each with its prompt and max_new_tokens; at
                 least one group. None: no limit.
+            reads_images: prompts may show images.
+        Raises:
+            ModelError: they may, and the model cannot share prompts, which images need.
         """
         self._tokenizer = tokenizer
         self._max_rows, self._max_batch_tokens = max_rows, max_batch_tokens
@@ -65,6 +70,11 @@ class TransformersEngine:
         self.shares_prompts = obstacle is None
         """Whether a prompt is computed once for its samples."""
         if obstacle is not None:
+            if reads_images:
+                raise ModelError(
+                    f"{type(self._model).__name__} cannot be sampled from with images: {obstacle}. Name a "
+                    "vision-language model that keeps plain keys and values in every layer."
+                )
             if given is not None and self._model.config._attn_implementation != given:
                 self._model.set_attn_implementation(given)
             logger.info(
@@ -94,7 +104,9 @@ class TransformersEngine:
             draws=_draws(prompts, num_samples, params=params, seed=seed),
             max_rows=self._max_rows,
             max_tokens=self._max_batch_tokens,
+            images=[prompt.images for prompt in prompts] if any(prompt.images for prompt in prompts) else None,
         )
+        assert self.shares_prompts or work.images is None, "such a model is refused where prompts may show images"
         complete: dict[int, list[Row]] = {}
         for row in self._rows(work):
             group = complete.setdefault(row.index // num_samples, [])
@@ -139,7 +151,12 @@ class TransformersEngine:
 
     def _group(self, prompt: EncodedPrompt, rows: Sequence[Row]) -> RolloutGroup:
         completions = tuple(self._completion(row) for row in sorted(rows, key=lambda row: row.index))
-        return RolloutGroup(prompt=prompt.prompt, prompt_token_ids=prompt.token_ids, completions=completions)
+        return RolloutGroup(
+            prompt=prompt.prompt,
+            prompt_token_ids=prompt.token_ids,
+            completions=completions,
+            image_digest=prompt.images.digest if prompt.images else None,
+        )
 
     def _completion(self, row: Row) -> Completion:
         return Completion(

@@ -15,8 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -31,12 +33,12 @@ from grpo.runtime.packaged_model import PACKAGE_PREFIX, converted_folder, find_p
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
 """What transformers raises for files it cannot use; everything else is a bug and keeps its traceback."""
 
 
 def load_model(name: str, *, dtype: torch.dtype, base_dir: Path, attention: str | None = None) -> PreTrainedModel:
-    """The causal language model `name`, on the CPU, in evaluation mode.
+    """The causal language model or vision-language model `name`, on the CPU, in evaluation mode.
 
     Args:
         name: `package:<import name>`, a folder (absolute, or relative to base_dir), or a hub name.
@@ -47,10 +49,11 @@ def load_model(name: str, *, dtype: torch.dtype, base_dir: Path, attention: str 
         ModelError: it cannot be found or loaded, or some weights are missing from it.
     """
     target = resolve_model(name, base_dir)
-    _check_resolved(name, target, base_dir)
+    config = _check_resolved(name, target, base_dir)
+    auto: Any = AutoModelForImageTextToText if is_vision_language(config) else AutoModelForCausalLM
     try:
         with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 target,
                 dtype=dtype,
                 attn_implementation=attention,
@@ -58,14 +61,14 @@ def load_model(name: str, *, dtype: torch.dtype, base_dir: Path, attention: str 
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except _LOADING_ERRORS as exc:
-        _raise_unusable(name, target, base_dir, exc)
+    except LOADING_ERRORS as exc:
+        raise_unusable(name, target, base_dir, exc)
     model, loading = loaded
     if loading["missing_keys"]:  # transformers fills them with random numbers and only warns
         missing = sorted(loading["missing_keys"])
         raise ModelError(
             f"model {name!r} ({target}): {len(missing)} parameters are not in its weights, among them {missing[:3]}. "
-            "A complete causal language model is expected; fetch or save it again."
+            "A complete language model is expected; fetch or save it again."
         )
     return model
 
@@ -76,11 +79,17 @@ def has_flash_attention(name: str, *, base_dir: Path) -> bool:
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(target, trust_remote_code=False)
-    except _LOADING_ERRORS as exc:
-        _raise_unusable(name, target, base_dir, exc)
+    except LOADING_ERRORS as exc:
+        raise_unusable(name, target, base_dir, exc)
     _check_architecture(name, config)
-    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if is_vision_language(config) else MODEL_FOR_CAUSAL_LM_MAPPING
+    architecture: Any = mapping[type(config)]
     return bool(architecture._supports_flash_attn)
+
+
+def is_vision_language(config: PreTrainedConfig) -> bool:
+    """Whether the model reads images too: those of transformers' image-text-to-text models that are no causal ones."""
+    return type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def load_tokenizer(name: str, *, base_dir: Path) -> PreTrainedTokenizerBase:
@@ -174,15 +183,23 @@ def _turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     if not tokenizer.chat_template:
         return None
     marker = "ASSISTANTTURN"
-    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}]
-    try:
-        rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except (jinja2.TemplateError, ValueError):  # it wants other turns, or none of its templates is the default
-        return None
+    rendered = ""
+    for content in (str, _as_parts):  # templates of vision-language models may take content in parts alone
+        turns = [{"role": "user", "content": content("x")}, {"role": "assistant", "content": content(marker)}]
+        try:
+            rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        except (jinja2.TemplateError, ValueError):  # it wants other turns, or none of its templates is the default
+            continue
+        if marker in rendered:
+            break
     tail = rendered.rpartition(marker)[2].lstrip() if marker in rendered else ""
     token_ids = tokenizer.encode(tail, add_special_tokens=False)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return token_ids[0] if token_ids and token_ids[0] in special else None
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _extra_token_id(tokenizer: PreTrainedTokenizerBase, token: int | str) -> int:
@@ -206,7 +223,7 @@ def _absolute(name: str, base_dir: Path) -> Path:
         raise ModelError(f"model {name!r}: {exc}. Write the absolute path.") from exc
 
 
-def _check_resolved(name: str, target: Path | str, base_dir: Path) -> None:
+def _check_resolved(name: str, target: Path | str, base_dir: Path) -> PreTrainedConfig:
     """Files and config; reads no weights."""
     if isinstance(target, Path):
         _check_folder(target)
@@ -214,21 +231,22 @@ def _check_resolved(name: str, target: Path | str, base_dir: Path) -> None:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(target, trust_remote_code=False)
             is_weighted = isinstance(target, Path) or any(has_file(target, file) for file in (_WEIGHTS, _WEIGHTS_INDEX))
-    except _LOADING_ERRORS as exc:
-        _raise_unusable(name, target, base_dir, exc)
+    except LOADING_ERRORS as exc:
+        raise_unusable(name, target, base_dir, exc)
     _check_architecture(name, config)
     if not is_weighted:
         raise ModelError(
             f"model {name!r} has no {_WEIGHTS} that can be reached; pickled weights are never read. Download it first "
             f"(hf download {name}), or take a version in safetensors format."
         )
+    return config
 
 
 def _check_architecture(name: str, config: PreTrainedConfig) -> None:
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not is_vision_language(config):
         raise ModelError(
             f"model {name!r} is of type '{config.model_type}', which is no causal language model in this transformers. "
-            "Expected a decoder that generates text."
+            "Expected a decoder that generates text, or one that reads images too."
         )
 
 
@@ -300,14 +318,14 @@ def _load_tokenizer(name: str, target: Path | str, base_dir: Path) -> PreTrained
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
-    except _LOADING_ERRORS as exc:
-        _raise_unusable(name, target, base_dir, exc)
+    except LOADING_ERRORS as exc:
+        raise_unusable(name, target, base_dir, exc)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, so a padding token's meaning never matters
     return tokenizer
 
 
-def _raise_unusable(name: str, target: Path | str, base_dir: Path, cause: Exception) -> NoReturn:
+def raise_unusable(name: str, target: Path | str, base_dir: Path, cause: Exception) -> NoReturn:
     reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
     if "trust_remote_code" in str(cause):
         raise ModelError(

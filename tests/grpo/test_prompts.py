@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, BloomConfig, LlamaConfig, PreTrainedToke
 from grpo.config import FilePrompts, TaskPrompts
 from grpo.errors import DatasetError
 from grpo.preflight import context_length
-from grpo.prompts import ListSource, PromptSource, TaskSource, encode_prompt, open_prompts, read_rows
+from grpo.prompt_rows import read_rows
+from grpo.prompts import ListSource, PromptSource, TaskSource, encode_prompt, open_prompts
 from grpo.tasks.base import Split
 from grpo.types import Message, Prompt
 

@@ -62,6 +62,7 @@ class Subject:
             micro_batch_tokens=micro_batch_tokens or update.micro_batch_tokens,
             max_new_tokens=self.config.rollout.max_new_tokens,
             truncated=None if keeps_truncated else update.truncated,
+            images=self.parts.images_of(groups),
         )
 
     def losses(self, batch: TrainBatch) -> list[Callable[[], Tensor]]:
