@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from grpo.command_arguments import Overrides, check_writable, recipe_of
+
+if TYPE_CHECKING:
+    from grpo.runtime.machine import Machine
 
 
 def doctor(
@@ -25,18 +29,32 @@ def doctor(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the findings to this file.")] = None,
 ) -> None:
     """Find what is wrong with this machine, and with a recipe on it, in seconds. Trains nothing, reads no weights."""
-    from grpo.diagnostics.doctor.examination import examine
-    from grpo.diagnostics.finding_tables import show_findings
-    from grpo.diagnostics.findings import findings_as_json, worst_status
-    from grpo.recipe_loader import load_recipe
     from grpo.runtime.machine import ThisMachine
 
     check_writable("--json", json_file)
     if watch:
         _watch(recipe, json_file)
         return
-    config = load_recipe(recipe_of(recipe), overrides or []) if recipe is not None else None
-    findings = examine(ThisMachine(), config, asks_judges=judges, ranks=ranks, working_dir=Path.cwd())
+    examine_and_show(ThisMachine(), recipe, overrides or [], asks_judges=judges, ranks=ranks, json_file=json_file)
+
+
+def examine_and_show(
+    machine: Machine,
+    recipe: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    asks_judges: bool = True,
+    ranks: int = 1,
+    json_file: Path | None = None,
+) -> None:
+    """The command on any machine: this one, or one that is presented. Raises typer.Exit(1) where something failed."""
+    from grpo.diagnostics.doctor.examination import examine
+    from grpo.diagnostics.finding_tables import show_findings
+    from grpo.diagnostics.findings import findings_as_json, worst_status
+    from grpo.recipe_loader import load_recipe
+
+    config = load_recipe(recipe_of(recipe), list(overrides)) if recipe is not None else None
+    findings = examine(machine, config, asks_judges=asks_judges, ranks=ranks, working_dir=Path.cwd())
     if json_file is not None:
         json_file.write_text(json.dumps(findings_as_json(findings), indent=1) + "\n", encoding="utf-8")
     show_findings(findings, title=f"Doctor: {recipe or 'this machine'}")

@@ -27,7 +27,7 @@ def show_memory_plan(plan: MemoryPlan, *, console: Console | None = None) -> Non
     console.print(
         f"[bold]{plan.shape.model_type}[/bold] of {plan.shape.parameters:,} parameters in {plan.dtype} on "
         f"{plan.hardware.name} ({amount(room)}); prompts of at most {plan.prompt_tokens} tokens assumed, micro-batches "
-        f"of at most {plan.micro_batch_tokens}"
+        f"of at most {plan.micro_batch_tokens} (completions a step: {plan.packing})"
     )
     table = Table(box=None, pad_edge=False)
     table.add_column("phase")
@@ -78,7 +78,8 @@ def _limit_text(limit: Limit) -> str:
 
 def _change_text(change: Change) -> str:
     fits = "fits" if change.fits else "does not suffice alone"
-    return f"{' '.join(change.overrides)}: peak {amount(change.peak_bytes)}, {fits} ({change.why})"
+    packing = f"; {change.packing} completions" if change.packing else ""
+    return f"{' '.join(change.overrides)}: peak {amount(change.peak_bytes)}, {fits} ({change.why}{packing})"
 
 
 def show_memory_bench(cases: Sequence[Mapping[str, Any]], *, console: Console | None = None) -> None:

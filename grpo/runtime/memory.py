@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from grpo.config import RunConfig, VllmEngineConfig
 from grpo.errors import ConfigError
 from grpo.runtime.memory_model import ModelShape, read_shape
-from grpo.runtime.memory_terms import FULL, MIB, Terms, largest_micro_batch
+from grpo.runtime.memory_terms import FULL, MIB, Terms, count_micro_batches, largest_micro_batch
 
 GIB = 2**30
 CONTEXT_BYTES = 768 * MIB
@@ -132,6 +132,8 @@ class Change:
     fits: bool
     keeps_gradient: bool
     """The same gradient, in more and smaller parts."""
+    packing: str = ""
+    """How a step is cut then, as `MemoryPlan.packing`; empty where it is cut as now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +150,8 @@ class MemoryPlan:
     """What the run does not count: CUDA's context, or the process without a model."""
     micro_batch_tokens: int
     """Of the largest micro-batch, padding included."""
+    packing: str = ""
+    """How a step's completions are cut into micro-batches: "4 x 32", or "at most 5 x 26" where some are smaller."""
     limits: tuple[Limit, ...] = ()
     changes: tuple[Change, ...] = ()
     """What helps where it does not fit, the best first."""
@@ -188,11 +192,14 @@ def plan(
     found = _phases_of(config, hardware, prompt_tokens, shape)
     limits = tuple(_limits(config, hardware, prompt_tokens, shape))
     changes = () if found.fits else tuple(_changes(config, hardware, prompt_tokens, shape))
-    return MemoryPlan(
-        **{name: getattr(found, name) for name in MemoryPlan.__dataclass_fields__ if name not in ("limits", "changes")},
-        limits=limits,
-        changes=changes,
-    )
+    return replace(found, packing=_packing(config, prompt_tokens), limits=limits, changes=changes)
+
+
+def _packing(config: RunConfig, prompt_tokens: int) -> str:
+    """Completions of the largest micro-batch, and how many of them a step has: their product is the effective batch."""
+    rows, count = largest_micro_batch(config, prompt_tokens).rows, count_micro_batches(config, prompt_tokens)
+    is_even = rows * count == config.prompts.per_step * config.rollout.group_size
+    return f"{rows} x {count}" if is_even else f"at most {rows} x {count}"
 
 
 def _phases_of(config: RunConfig, hardware: Hardware, prompt_tokens: int, shape: ModelShape) -> MemoryPlan:
@@ -308,7 +315,8 @@ def _changes(config: RunConfig, hardware: Hardware, prompt_tokens: int, shape: M
     candidates: list[tuple[dict[str, Any], str, str, bool]] = []
     tokens = now.micro_batch_tokens
     while tokens > row:
-        tokens = max(tokens // 2, row)
+        cut = changed(config, update__micro_batch_tokens=max(tokens // 2, row))
+        tokens = largest_micro_batch(cut, prompt_tokens).padded_tokens  # no more than its rows take
         why = "smaller micro-batches, more of them: the same effective batch"
         candidates.append(({"update__micro_batch_tokens": tokens}, f"update.micro_batch_tokens={tokens}", why, True))
     if rollout.engine.type == "transformers" and rollout.max_rows > rollout.group_size:
@@ -336,6 +344,7 @@ def _changes(config: RunConfig, hardware: Hardware, prompt_tokens: int, shape: M
     for changes, text, why, keeps in candidates:
         then = _phases_of(changed(config, **changes), hardware, prompt_tokens, shape)
         if then.peak_bytes < now.peak_bytes:
+            is_cut = any(name in changes for name in ("update__micro_batch_tokens", "rollout__max_new_tokens"))
             overrides = (text,) if text.startswith("trainable") else tuple(text.split())
             found.append(
                 Change(
@@ -344,6 +353,7 @@ def _changes(config: RunConfig, hardware: Hardware, prompt_tokens: int, shape: M
                     peak_bytes=then.peak_bytes,
                     fits=then.fits,
                     keeps_gradient=keeps,
+                    packing=_packing(changed(config, **changes), prompt_tokens) if is_cut else "",
                 )
             )
     # of those that fit and keep the gradient the one that gives up least; of the others the one that saves most

@@ -63,6 +63,19 @@ def largest_micro_batch(config: RunConfig, prompt_tokens: int) -> Rows:
     return Rows(prompts=groups + (rest > 0), rows=rows, prompt_tokens=prompt_tokens, completion_tokens=length)
 
 
+def count_micro_batches(config: RunConfig, prompt_tokens: int) -> int:
+    """Micro-batches of a step whose rows are all of full length, as `build_batch` packs them one by one."""
+    budget, k, length = config.update.micro_batch_tokens, config.rollout.group_size, config.rollout.max_new_tokens
+    count = rows = groups = 0
+    for number in range(config.prompts.per_step * k):
+        begins = number % k == 0
+        if rows and (groups + begins) * prompt_tokens + (rows + 1) * length <= budget:
+            rows, groups = rows + 1, groups + begins
+        else:
+            count, rows, groups = count + 1, 1, 1
+    return count
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
     """The sizes of one recipe on one kind of device, in bytes."""

@@ -70,7 +70,7 @@ def _plan(facts: MachineFacts, config: RunConfig) -> Finding:
     needed = planned.peak_bytes + planned.reserve_bytes
     what = (
         f"{gib(needed)} GiB in its largest phase ({largest.name}) with prompts of {planned.prompt_tokens} tokens, of "
-        f"{gib(hardware.device_bytes)} GiB on {hardware.name}"
+        f"{gib(hardware.device_bytes)} GiB on {hardware.name}; completions a step: {planned.packing}"
     )
     host_room = _host_room(facts)
     figures = {"needed_bytes": needed, "host_bytes": planned.host_peak_bytes, "room_bytes": hardware.device_bytes}
@@ -91,7 +91,7 @@ def _plan(facts: MachineFacts, config: RunConfig) -> Finding:
         status="failed",
         what=what,
         meaning="the run would end for want of memory, or (on a CPU) with signal 9",
-        remedy=f"{' '.join(best.overrides)}: {best.why}"
+        remedy=f"{' '.join(best.overrides)}: {best.why}" + (f", {best.packing} completions" if best.packing else "")
         if best
         else "grpo plan RECIPE shows what each change would buy",
         figures=figures,
