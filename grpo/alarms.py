@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from grpo import metrics as names
-from grpo.config import FullTrainable, OptimConfig, TrainableConfig
+from grpo.config import FullTrainable, OptimConfig, PartsTrainable, TrainableConfig
 
 Row = Mapping[str, float | int | None]
 
@@ -92,6 +92,8 @@ def learning_rate_alarms(trainable: TrainableConfig, optim: OptimConfig) -> list
     """A learning rate that was meant for another kind of training, before the first step."""
     is_full = isinstance(trainable, FullTrainable)
     low, high = FULL_RATES if is_full else LORA_RATES
+    if isinstance(trainable, PartsTrainable) and any(entry.type == "full" for entry in trainable.parts):
+        low = FULL_RATES[0]  # a pretrained part in full takes small rates, a projector and adapters large ones
     if low <= optim.learning_rate <= high:
         return []
     kind, other = ("full training", "LoRA") if is_full else ("LoRA", "full training")

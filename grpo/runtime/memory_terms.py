@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from grpo.config import LoraTrainable, RunConfig
+from grpo.config import FullTrainable, LoraTrainable, PartsTrainable, RunConfig
 from grpo.runtime.memory_model import ModelShape
+from grpo.runtime.memory_parts import LearningParts, learning_parts
 
 MIB = 2**20
 MKL_BYTES_PER_THREAD = 13 * MIB
@@ -92,12 +93,32 @@ class Terms:
     @property
     def is_full(self) -> bool:
         """Every parameter learns."""
-        return not isinstance(self.config.trainable, LoraTrainable)
+        return isinstance(self.config.trainable, FullTrainable)
+
+    @property
+    def learning_parts(self) -> LearningParts | None:
+        """What learns under trainable.parts; None for the other kinds."""
+        trainable = self.config.trainable
+        return learning_parts(self.shape, trainable.parts) if isinstance(trainable, PartsTrainable) else None
+
+    @property
+    def in_full(self) -> int:
+        """Numbers that learn in full beside frozen ones."""
+        parts = self.learning_parts
+        return parts.full if parts else 0
+
+    @property
+    def trains_head(self) -> bool:
+        """The head learns, in full."""
+        parts = self.learning_parts
+        return parts.has_head if parts else self.is_full
 
     @property
     def learning(self) -> int:
         """Numbers that learn."""
-        trainable = self.config.trainable
+        trainable, parts = self.config.trainable, self.learning_parts
+        if parts:
+            return parts.adapters + parts.full
         if not isinstance(trainable, LoraTrainable):
             return self.shape.parameters
         ends = sum(linear.inputs + linear.outputs for linear in self.shape.adapted(trainable))
@@ -107,17 +128,18 @@ class Terms:
 
     def weights(self) -> int:
         """The policy: frozen weights in the run's dtype and the adapter in float32, or all of it in float32."""
-        return (
-            FULL * self.shape.parameters if self.is_full else self.width * self.shape.parameters + FULL * self.learning
-        )
+        if self.is_full:
+            return FULL * self.shape.parameters
+        return self.width * (self.shape.parameters - self.in_full) + FULL * self.learning
 
     def reference_copy(self) -> int:
         """A second model, where there is no adapter to switch off."""
         return FULL * self.shape.parameters if self.is_full else 0
 
     def anchor(self) -> int:
-        """After a warm-up: the adapter as it was, for the reference."""
-        return FULL * self.learning if self.config.warmup is not None and not self.is_full else 0
+        """For the reference: parts that learn in full as they were loaded, and, after a warm-up, all that learns."""
+        warmed = FULL * self.learning if self.config.warmup is not None and not self.is_full else 0
+        return warmed + self.width * self.in_full
 
     def engine_copy(self) -> int:
         """The engine's own weights, merged; a server's are not in this process."""
@@ -213,7 +235,10 @@ class Terms:
         """What a block keeps of a token for its gradients, but for attention over other tokens."""
         shape, width = self.shape, self.width
         trainable = self.config.trainable
+        parts = self.learning_parts
         adapted = shape.adapted(trainable) if isinstance(trainable, LoraTrainable) else shape.linears
+        adapted = parts.linears if parts else adapted
+        norms_learn = parts.has_norms if parts else self.is_full
         sizes = {linear.reads: linear.inputs for linear in adapted}
         inputs = sum(sizes.values()) * width
         if self.is_full and width < FULL:  # what a norm in float32 gives, each layer rounds for itself
@@ -222,11 +247,11 @@ class Terms:
         if "mixed" not in sizes and not self.is_plain_attention():
             inputs += shape.query_size * width  # the fused kernel keeps its own result
         if shape.has_layer_norm:
-            norms = shape.norms * shape.hidden * (FULL if self.is_full else width)
+            norms = shape.norms * shape.hidden * (FULL if norms_learn else width)
         else:  # in float32: the input and, where the scale learns, the normed value
-            norms = shape.norms * shape.hidden * FULL * (2 if self.is_full else 1)
+            norms = shape.norms * shape.hidden * FULL * (2 if norms_learn else 1)
         if shape.has_qk_norm:
-            norms += (shape.query_size + shape.kv_size) * (FULL + (width if self.is_full else 0))
+            norms += (shape.query_size + shape.kv_size) * (FULL + (width if norms_learn else 0))
         if shape.is_gated:
             inner = 3 * shape.intermediate  # the gate, its activation, the other half
             inner += 0 if shape.activation in ("silu", "gelu_pytorch_tanh", "gelu", "relu") else 3 * shape.intermediate
@@ -235,6 +260,7 @@ class Terms:
                 4 if shape.activation == "gelu_new" else 1
             ) * shape.intermediate  # gelu_new is a chain of operators
         ranks = sum(trainable.rank for _ in adapted) * width if isinstance(trainable, LoraTrainable) else 0
+        ranks += parts.rank * width if parts else 0
         return inputs + norms + inner * width + shape.query_size * width + ranks
 
     def saved_attention(self, rows: int, tokens: int, attended: int, *, is_prompt: bool) -> int:
@@ -259,7 +285,8 @@ class Terms:
         """What all blocks keep of one pass."""
         block = rows * tokens * self.saved_per_token()
         block += self.saved_attention(rows, tokens, attended, is_prompt=is_prompt)
-        return self.shape.layers * block
+        parts = self.learning_parts
+        return (parts.layers if parts else self.shape.layers) * block
 
     def saved(self) -> int:
         """All that the backward pass of a micro-batch needs, the weights' copies in the products' dtype included."""
@@ -305,9 +332,9 @@ class Terms:
         shape, rollout = self.shape, self.config.rollout
         saved, states = self.saved(), self.states()
         has_filters = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
-        head_gradient = FULL * shape.head_parameters if self.is_full else 0
+        head_gradient = FULL * shape.head_parameters if self.trains_head else 0
         # a frozen head's slopes; of one that learns, its input, the gradient by it, and that by the states
-        head_slopes = self.rows.loss_tokens * shape.hidden * FULL * (3 if self.is_full else 1)
+        head_slopes = self.rows.loss_tokens * shape.hidden * FULL * (3 if self.trains_head else 1)
         rows, tokens, _ = self.passes()[-1]
         backward = rows * tokens * (2 * shape.intermediate * self.width + 2 * shape.hidden * FULL)
         own_gradient = FULL * self.learning
@@ -315,7 +342,7 @@ class Terms:
             saved + self.expanded_prompts() + states // 2,  # the forward pass ends
             saved + states + head_slopes + head_gradient + self.logits(has_filters=has_filters),  # the head
             saved + head_gradient + backward,  # the backward pass begins
-            own_gradient + (3 * head_gradient if self.is_full else 0),  # it ends: embeddings used in each pass
+            own_gradient + 3 * head_gradient,  # it ends: embeddings used in each pass
         )
         if self.width < FULL and not self.is_full:
             moments = (*moments, saved + backward)

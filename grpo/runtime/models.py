@@ -243,6 +243,14 @@ def _check_resolved(name: str, target: Path | str, base_dir: Path) -> PreTrained
 
 
 def _check_architecture(name: str, config: PreTrainedConfig) -> None:
+    # also of a type such as bart, whose decoder alone would load as a causal language model
+    if config.is_encoder_decoder or getattr(config.get_text_config(), "is_encoder_decoder", False):
+        raise ModelError(
+            f"model {name!r} is of type '{config.model_type}', whose language model is an encoder and a decoder. GRPO "
+            "is offered for decoders only. For such a model there are grpo.runtime.trainable.make_trainable, which "
+            "puts adapters on parts of it, and grpo.diagnostics.own_model.verify_model, which checks scope and "
+            "gradient flow; transformers' Seq2SeqTrainer trains it with labels."
+        )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not is_vision_language(config):
         raise ModelError(
             f"model {name!r} is of type '{config.model_type}', which is no causal language model in this transformers. "

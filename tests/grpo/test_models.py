@@ -105,7 +105,7 @@ BREAKS: list[tuple[Callable[[Path], object], str]] = [
     (_remove_tokenizer, "no tokenizer"),
     (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot load the folder"),
     (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter"),
-    (lambda folder: _edit_config(folder, model_type="t5"), "no causal language model"),
+    (lambda folder: _edit_config(folder, model_type="t5"), "is an encoder and a decoder"),
     (lambda folder: _edit_config(folder, model_type="unheard_of"), "cannot load the folder"),
 ]
 

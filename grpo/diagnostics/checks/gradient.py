@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 
-from grpo.config import LoraTrainable
 from grpo.diagnostics.checks.subject import Subject
 from grpo.diagnostics.findings import Finding
 from grpo.diagnostics.gradflow import Cut, GradientFlow, gradient_flow, group_by_module
@@ -22,9 +21,7 @@ def check_gradient_flow(subject: Subject) -> Iterator[Finding]:
     loss, *_ = subject.losses(subject.batch(subject.teaching[:1]))
     loss()  # from here on the old policy is the one that sampled, and the loss's value moves with the model
     flow = gradient_flow(policy.model, loss)
-    is_lora = isinstance(subject.config.trainable, LoraTrainable)
-    meant = {name for name, _ in policy.model.named_parameters() if not is_lora or ".lora_" in name}
-    yield from judge_flow(flow, policy.model, meant=meant)
+    yield from judge_flow(flow, policy.model, meant=policy.learner.names)
 
 
 def judge_flow(flow: GradientFlow, model: nn.Module, *, meant: Collection[str]) -> Iterator[Finding]:

@@ -1,41 +1,83 @@
-"""Scope: which modules the patterns under `trainable` hit, and what it costs."""
+"""Scope: which modules the patterns under `trainable` hit, in which of the model's parts, and what it costs."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from peft.tuners.lora import LoraLayer
-from torch import nn
-
-from grpo.config import LoraTrainable
+from grpo.config import LoraPart, LoraTrainable
 from grpo.diagnostics.checks.subject import Subject
 from grpo.diagnostics.findings import Finding
+from grpo.runtime.model_parts import ModelParts, model_parts
+from grpo.runtime.trainable import (
+    BYTES_PER_PARAMETER,
+    Taken,
+    lora_layers,
+    sizes_by_part,
+    told_by_part,
+    told_bytes,
+)
 
 CHECK = "scope"
-BYTES_PER_PARAMETER = 20
-"""Float32: the weight, its gradient, a micro-batch's own gradient, and AdamW's two moments."""
+ONE_PART = ModelParts(names=(), language="", container="")
 
 
 def check_scope(subject: Subject) -> Iterator[Finding]:
-    """Count modules by pattern; for full training only what it costs."""
+    """Count modules by pattern and part; for full training only what it costs."""
     policy, trainable = subject.parts.policy, subject.config.trainable
     count = sum(parameter.numel() for parameter in policy.trainable_parameters().values())
-    cost = f"{count:,} parameters, {_size(count * BYTES_PER_PARAMETER)} with gradients and AdamW's moments"
+    cost = f"{count:,} parameters, {told_bytes(count * BYTES_PER_PARAMETER)} with gradients and AdamW's moments"
+    parts = model_parts(policy.causal_lm)
+    if policy.learner.taken:
+        yield judge_taken(policy.learner.taken, parts, cost=cost)
+        return
     if not isinstance(trainable, LoraTrainable):
         yield Finding(check=CHECK, status="ok", what=f"every parameter learns: {cost}", figures={"parameters": count})
         return
     sizes = {
-        name: sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-        for name, module in policy.causal_lm.named_modules()
-        if isinstance(module, LoraLayer) and isinstance(module, nn.Module)
+        name: sum(parameter.numel() for parameter in layer.parameters() if parameter.requires_grad)  # pyright: ignore[reportAttributeAccessIssue]
+        for name, layer in lora_layers(policy.causal_lm).items()
     }
     patterns = [trainable.modules] if isinstance(trainable.modules, str) else list(trainable.modules)
-    yield from judge_scope(sizes, patterns, cost=cost)
+    yield from judge_scope(sizes, patterns, cost=cost, parts=parts)
 
 
-def judge_scope(sizes: Mapping[str, int], patterns: Sequence[str], *, cost: str) -> Iterator[Finding]:
-    """Args: sizes: module with an adapter -> parameters of it; patterns: as the recipe has them."""
+def judge_taken(taken: Sequence[Taken], parts: ModelParts, *, cost: str) -> Finding:
+    """What the entries of `trainable.parts` took: what they may not was refused when the model was made ready."""
+    told: list[str] = []
+    figures: list[dict[str, object]] = []
+    for one in taken:
+        by_part = sizes_by_part(one.sizes, parts)
+        is_lora = isinstance(one.entry, LoraPart)
+        kind = f"LoRA of rank {one.entry.rank}" if isinstance(one.entry, LoraPart) else "full"
+        told.append(
+            f"{kind} for {', '.join(one.entry.modules)}: {'modules' if is_lora else 'tensors'} {told_by_part(by_part)}"
+        )
+        figures.append(
+            {
+                "type": one.entry.type,
+                "modules": list(one.entry.modules),
+                "parts": {name: {"count": n, "parameters": size} for name, (n, size) in by_part.items()},
+            }
+        )
+    learning = {parts.of(name) for one in taken for name in one.sizes}
+    frozen = [name for name in parts.names if name not in learning]
+    rest = f"; {', '.join(frozen)} stay frozen" if frozen else ""
+    return Finding(
+        check=CHECK, status="ok", what=f"{'; '.join(told)}{rest}; together {cost}", figures={"entries": figures}
+    )
+
+
+def judge_scope(
+    sizes: Mapping[str, int], patterns: Sequence[str], *, cost: str, parts: ModelParts = ONE_PART
+) -> Iterator[Finding]:
+    """Of `trainable.type: lora`, whose patterns peft matches by their end.
+
+    Args:
+        sizes: module with an adapter -> parameters of it.
+        patterns: as the recipe has them.
+        parts: of the model. A pattern that hits several fails; one that hits several stacks of layers is a warning.
+    """
     matched = {pattern: [name for name in sizes if _matches(name, pattern)] for pattern in patterns}
     stacks = {pattern: _by_stack(names, sizes) for pattern, names in matched.items()}
     figures = {
@@ -49,10 +91,17 @@ def judge_scope(sizes: Mapping[str, int], patterns: Sequence[str], *, cost: str)
     }
     faults = [pattern for pattern, names in matched.items() if not names]
     wide = {pattern: own for pattern, own in stacks.items() if len(own) > 1}
+    by_part = {
+        pattern: found
+        for pattern in wide
+        if len(found := sizes_by_part({name: sizes[name] for name in matched[pattern]}, parts)) > 1
+    }
     if not faults and not wide:
         counts = ", ".join(f"{pattern} {len(names)}" for pattern, names in matched.items())
         where = ", ".join(dict.fromkeys(stack for own in stacks.values() for stack in own))
-        yield Finding(check=CHECK, status="ok", what=f"modules: {counts}, in {where}; {cost}", figures=figures)
+        frozen = [name for name in parts.names if name not in {parts.of(module) for module in sizes}]
+        rest = f"; {', '.join(frozen)} stay frozen" if frozen else ""
+        yield Finding(check=CHECK, status="ok", what=f"modules: {counts}, in {where}{rest}; {cost}", figures=figures)
     for pattern in faults:
         yield Finding(
             check=CHECK,
@@ -62,9 +111,24 @@ def judge_scope(sizes: Mapping[str, int], patterns: Sequence[str], *, cost: str)
             remedy=f"write a name that the model has; those with an adapter are such as {', '.join(list(sizes)[:3])}",
             figures=figures,
         )
+    for pattern, found in by_part.items():
+        entry = f"{{type: lora, modules: {next(iter(found))}.**.{pattern}}}"
+        yield Finding(
+            check=CHECK,
+            status="failed",
+            what=f"trainable.modules {pattern!r} matches in {len(found)} parts of the model: modules "
+            f"{told_by_part(found)}",
+            meaning="names are matched by their end, wherever that is: meant for one part, it trains the others too, "
+            "and each costs its memory",
+            remedy=f"name the part that is meant, trainable={{type: parts, parts: [{entry}]}}, with across_parts: true "
+            "in it if all of them are",
+            figures=figures,
+        )
     for pattern, own in wide.items():
+        if pattern in by_part:
+            continue
         hits = ", ".join(
-            f"{modules} modules in {stack or 'the model'} ({_size(size * BYTES_PER_PARAMETER)})"
+            f"{modules} modules in {stack or 'the model'} ({told_bytes(size * BYTES_PER_PARAMETER)})"
             for stack, (modules, size) in own.items()
         )
         yield Finding(
@@ -91,7 +155,3 @@ def _by_stack(names: Sequence[str], sizes: Mapping[str, int]) -> dict[str, tuple
         modules, size = found.get(stack, (0, 0))
         found[stack] = (modules + 1, size + sizes[name])
     return found
-
-
-def _size(number: float) -> str:
-    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
