@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from grpo import metrics as names
 from grpo.config import FullTrainable, OptimConfig, PartsTrainable, TrainableConfig
@@ -20,6 +21,8 @@ SHORT_LENGTH = 1.5
 """Mean tokens of a completion, the end token among them."""
 MOST_TRUNCATED = 0.9
 MOST_UNSCORED = 0.2
+MIN_SCORES = 8
+"""Changed answers whose scores may be equal by chance are fewer."""
 MAX_SAMPLER_RATIO = 2.0
 """A 99th percentile above this is no rounding any more: bfloat16 alone stays near 1.3."""
 LORA_RATES = (1e-5, 5e-3)
@@ -71,19 +74,71 @@ class Alarms:
 
 
 def unmoved(evaluation: Mapping[str, object]) -> list[Alarm]:
-    """Args: evaluation: eval.json. An objective whose every held-out score is what it was: nothing was learned."""
+    """Args: evaluation: eval.json. Answers that are all what they were, or an objective's scores though answers are
+    others: nothing was learned, or the reward cannot see it."""
     answers = evaluation.get("answers")
     if not isinstance(answers, Mapping) or not {"before", "after"} <= answers.keys():
         return []
     before = {entry["id"]: entry for entry in answers["before"]}
     pairs = [(before[entry["id"]], entry) for entry in answers["after"] if entry["id"] in before]
-    if not pairs or any(first["completion"] != second["completion"] for first, second in pairs):
+    if not pairs:
         return []
+    if any(first["completion"] != second["completion"] for first, second in pairs):
+        return _unmoved_scores(pairs)
     return [
         Alarm(
             name="evaluation unmoved",
             text=f"evaluation unmoved: all {len(pairs)} held-out answers are word for word those before training. The "
             "weights that answer are not those that learned, or none learned: grpo verify RECIPE",
+        )
+    ]
+
+
+def _unmoved_scores(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[Alarm]:
+    """Args: pairs: entries of eval.json's answers before and after, of the same prompts."""
+    found: list[Alarm] = []
+    for objective in dict.fromkeys(name for first, _ in pairs for name in first["scores"]):
+        own = [pair for pair in pairs if any(one["scores"].get(objective) is not None for one in pair)]
+        changed = [pair for pair in own if pair[0]["completion"] != pair[1]["completion"]]
+        if len(changed) < MIN_SCORES or any(
+            first["scores"].get(objective) != second["scores"].get(objective) for first, second in own
+        ):
+            continue
+        mean = sum(first["scores"][objective] for first, _ in own) / len(own)
+        found.append(
+            Alarm(
+                name=f"evaluation of {objective} unmoved",
+                text=f"evaluation of {objective} unmoved: all {len(own)} held-out scores are what they were before "
+                f"training (mean {mean:.3f}), though {len(changed)} answers are others. The reward does not see what "
+                "changed, or can read none of the answers: look at the examples in eval.json, and at the row signal "
+                "of grpo verify RECIPE",
+            )
+        )
+    return found
+
+
+def still_metric(name: str, values: Sequence[float], *, patience: int = 3) -> list[Alarm]:
+    """The same for a validation metric of a training loop of one's own.
+
+    Args:
+        name: as the alarm calls it.
+        values: one an evaluation, oldest first.
+        patience: so many equal values in a row, to the last digit, are no accident.
+    Returns:
+        An alarm where the last values are so many equal ones; else nothing.
+    Raises:
+        ValueError: patience is below 2.
+    """
+    if patience < 2:
+        raise ValueError(f"patience is {patience}, but one value alone cannot stand still. Give 2 or more.")
+    count = len(values) - next((n for n in range(len(values) - 1, -1, -1) if values[n] != values[-1]), -1) - 1
+    if count < patience:
+        return []
+    return [
+        Alarm(
+            name=f"{name} unmoved",
+            text=f"{name} unmoved: {values[-1]:.4f} in {count} evaluations in a row, to the last digit. What is "
+            "evaluated is not what learns, or nothing learns: grpo.diagnostics.own_model.verify_model names the module",
         )
     ]
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from grpo.diagnostics.tracing import Call, Trace, tensors_in, traced, with_tensors
+from grpo.diagnostics.tracing import Call, Trace, inside_peft, tensors_in, traced, with_tensors
 
 CutKind: TypeAlias = Literal["no_grad", "detach", "integer cast", "custom forward"]
 
@@ -41,8 +41,8 @@ class Cut:
     """Such as "detach at my_model.py:12"; empty where no torch operation was seen to do it."""
 
     def __str__(self) -> str:
-        where = self.module or "the model's own forward"
-        around = f" around {', '.join(self.around)}" if self.around else ""
+        where = inside_peft(self.module) or "the model's own forward"
+        around = f" around {', '.join(map(inside_peft, self.around))}" if self.around else ""
         return f"{where} ({self.kind}{around}{': ' + self.operation if self.operation else ''})"
 
 

@@ -42,15 +42,24 @@ class InPlaceWrite:
     """One operation that wrote into a tensor with gradient, or into one that it may have been saved from."""
 
     name: str
-    module: str
-    """In whose forward; "" outside of every module."""
+    module: str | None
+    """In whose forward; "" is the model's own, None outside of every module."""
     where: str
     shape: tuple[int, ...]
     made_by: str
     """Name of the tensor's grad_fn before the write, as autograd's messages have it; "" for a leaf."""
 
     def __str__(self) -> str:
-        return f"{self.name} at {self.where}, in {self.module or 'the loss'}"
+        return f"{self.name} at {self.where}, in {_told(self.module)}"
+
+
+def inside_peft(module: str) -> str:
+    """The name without peft's wrapper; "" is the model itself, wrapped or not."""
+    return module.removeprefix("base_model.model").removeprefix(".")
+
+
+def _told(module: str | None) -> str:
+    return "the loss" if module is None else inside_peft(module) or "the model's own forward"
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -236,7 +245,7 @@ class _Watch(TorchFunctionMode):
         if target is not None and torch.is_grad_enabled() and _is_differentiable(target):
             write = InPlaceWrite(
                 name=name,
-                module=self._stack[-1].module if self._stack else "",
+                module=self._stack[-1].module if self._stack else None,
                 where=_line_outside_torch(),
                 shape=tuple(target.shape),
                 made_by="" if target.grad_fn is None else target.grad_fn.name(),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from grpo.alarms import Alarms, learning_rate_alarms, unmoved
+from grpo.alarms import Alarms, learning_rate_alarms, still_metric, unmoved
 from grpo.config import FullTrainable, LoraTrainable, OptimConfig
 
 HEALTHY: dict[str, float] = {
@@ -104,8 +104,8 @@ def test_a_learning_rate_for_the_other_kind_of_training_is_told(rate: float, is_
     assert [told in alarm.text for alarm in alarms] == ([True] if told else [])
 
 
-def entry(number: int, completion: str) -> dict[str, Any]:
-    return {"id": f"p{number}", "completion": completion, "scores": {"fair": 0.0}}
+def entry(number: int, completion: str, **scores: float) -> dict[str, Any]:
+    return {"id": f"p{number}", "completion": completion, "scores": scores or {"fair": 0.0}}
 
 
 def test_an_evaluation_whose_every_answer_stayed_is_told_and_one_changed_word_is_enough() -> None:
@@ -114,3 +114,24 @@ def test_an_evaluation_whose_every_answer_stayed_is_told_and_one_changed_word_is
     assert "all 8 held-out answers" in alarm.text
     assert unmoved({"answers": {"before": before, "after": [*before[:7], entry(7, "Omar")]}}) == []
     assert unmoved({"answers": {"before": before}}) == []
+
+
+def test_scores_that_stay_though_the_answers_change_are_told_by_objective() -> None:
+    before = [entry(number, "Anna", seg=0.25, fair=number / 8) for number in range(8)]
+    after = [entry(number, "Omar", seg=0.25, fair=0.5) for number in range(8)]
+    (alarm,) = unmoved({"answers": {"before": before, "after": after}})
+    assert alarm.name == "evaluation of seg unmoved"
+    assert "all 8 held-out scores" in alarm.text
+    assert "(mean 0.250), though 8 answers are others" in alarm.text
+    assert unmoved({"answers": {"before": before[:7], "after": after[:7]}}) == []  # seven may be chance
+
+
+def test_a_metric_of_ones_own_loop_is_told_once_it_stood_still_to_the_last_digit() -> None:
+    assert still_metric("dice", [0.3, 0.41, 0.41]) == []
+    (alarm,) = still_metric("dice", [0.3, 0.41, 0.41, 0.41])
+    assert alarm.text.startswith("dice unmoved: 0.4100 in 3 evaluations in a row")
+    assert still_metric("dice", [0.41, 0.41, 0.41, 0.42]) == []
+    assert still_metric("dice", []) == []
+    assert len(still_metric("dice", [0.5] * 2, patience=2)) == 1
+    with pytest.raises(ValueError, match="patience is 1"):
+        still_metric("dice", [0.5], patience=1)

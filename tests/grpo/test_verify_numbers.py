@@ -125,3 +125,16 @@ def test_the_first_module_whose_gradient_is_not_finite_is_named() -> None:
 def test_a_loss_without_a_graph_is_left_to_the_gradient_check() -> None:
     model = nn.Linear(4, 1)
     assert finding_of(model, lambda: model(torch.ones(3, 4)).sum().detach()).status == "ok"
+
+
+def test_a_write_in_the_models_own_forward_is_told_as_that_and_one_outside_as_the_losss() -> None:
+    model = Masks(WRITES["masked_fill_"][0])
+    assert finding_of(model).what.endswith("in the model's own forward")
+    plain = nn.Linear(4, 4)
+    assert finding_of(plain, lambda: set_and_sum(plain)).what.endswith("in the loss")
+
+
+def set_and_sum(model: nn.Linear) -> Tensor:
+    activated = model(torch.ones(3, 4)).tanh()
+    activated[0] = 0.0
+    return activated.sum()

@@ -21,28 +21,45 @@ def check_gradient_flow(subject: Subject) -> Iterator[Finding]:
     loss, *_ = subject.losses(subject.batch(subject.teaching[:1]))
     loss()  # from here on the old policy is the one that sampled, and the loss's value moves with the model
     flow = gradient_flow(policy.model, loss)
-    yield from judge_flow(flow, policy.model, meant=policy.learner.names)
+    meant = policy.learner.names
+    yield from judge_flow(flow, policy.model, meant=meant)
+    yield from _judge_meant(policy.model, meant)
 
 
 def judge_flow(flow: GradientFlow, model: nn.Module, *, meant: Collection[str]) -> Iterator[Finding]:
     """Args: meant: names of the parameters that should learn, and no others."""
     parameters = dict(model.named_parameters())
     learning = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    strays = [name for name in learning if name not in meant]
-    asleep = [name for name, parameter in parameters.items() if name in meant and not parameter.requires_grad]
     count, total = (sum(one.numel() for one in own.values()) for own in (learning, parameters))
-    frozen = "every parameter learns" if count == total else f"base frozen: {'no' if strays else 'yes'}"
-    share = f"trainable {count:,} = {count / total:.1%}; {frozen}"
+    is_frozen = "yes" if learning.keys() <= set(meant) else "no"
+    rest = "every parameter learns" if count == total else f"base frozen: {is_frozen}"
+    share = f"trainable {count:,} = {count / total:.1%}; {rest}"
     figures = _figures(flow, count, total)
-    if not (flow.unreached or flow.cuts or strays or asleep):
+    if not (flow.unreached or flow.cuts):
         late = f"; {len(flow.zero_at_start)} from the second step on" if flow.zero_at_start else ""
         late += " (where a B starts at 0)" if any(".lora_" in name for name in flow.zero_at_start) else ""
         yield Finding(check=CHECK, status="ok", what=f"{share}; {_by_part(flow)}{late}", figures=figures)
     if flow.unreached:
         yield _unreached(flow, share, figures)
     yield from (_cut(cut) for cut in flow.cuts)
+    if flow.zero_always:
+        yield Finding(
+            check=CHECK,
+            status="warning",
+            what=f"the gradient is exactly 0 in {len(flow.zero_always)} tensors: "
+            + _some([_told(name) for name in flow.zero_always]),
+            meaning="they take no part in this batch (an expert that no token went to, a factor of 0), or in any",
+            remedy="run it again with other prompts (seed=1); what stays at 0 is not used: leave it out",
+            figures={"zero": list(flow.zero_always)},
+        )
+
+
+def _judge_meant(model: nn.Module, meant: Collection[str]) -> Iterator[Finding]:
+    parameters = dict(model.named_parameters())
+    strays = [name for name, one in parameters.items() if one.requires_grad and name not in meant]
+    asleep = [name for name, one in parameters.items() if not one.requires_grad and name in meant]
     if strays or asleep:
-        names = [f"{name} learns" for name in strays] + [f"{name} is frozen" for name in asleep]
+        names = [f"{_told(name)} learns" for name in strays] + [f"{name} is frozen" for name in asleep]
         yield Finding(
             check=CHECK,
             status="failed",
@@ -51,20 +68,14 @@ def judge_flow(flow: GradientFlow, model: nn.Module, *, meant: Collection[str]) 
             remedy="somebody set requires_grad after the model was made ready: take that out",
             figures={"strays": strays, "asleep": asleep},
         )
-    if flow.zero_always:
-        yield Finding(
-            check=CHECK,
-            status="warning",
-            what=f"the gradient is exactly 0 in {len(flow.zero_always)} tensors: {_some(flow.zero_always)}",
-            meaning="they take no part in this batch (an expert that no token went to, a factor of 0), or in any",
-            remedy="run it again with other prompts (seed=1); what stays at 0 is not used: leave it out",
-            figures={"zero": list(flow.zero_always)},
-        )
 
 
 def _unreached(flow: GradientFlow, share: str, figures: dict[str, object]) -> Finding:
-    groups = group_by_module(flow.norms)
-    parts = [f"{name}: gradient in {got} of {all_}" for name, (got, all_) in groups.items() if got < all_]
+    modules: dict[str, tuple[int, int]] = {}
+    for name, (got, all_) in group_by_module({_told(name): norm for name, norm in flow.norms.items()}).items():
+        before = modules.get(name.rpartition(".")[0], (0, 0))
+        modules[name.rpartition(".")[0]] = (before[0] + got, before[1] + all_)
+    parts = [f"{name}: gradient in {got} of {all_}" for name, (got, all_) in modules.items() if got < all_]
     return Finding(
         check=CHECK,
         status="failed",
@@ -93,7 +104,7 @@ def _by_part(flow: GradientFlow) -> str:
     """Such as "projector: gradient in 4 of 4": the model's parts are what stands before a name's first number."""
     parts: dict[str, int] = {}
     for name in flow.norms:
-        plain = name.removeprefix("base_model.model.")
+        plain = _told(name)
         numbered = re.match(r"(.*?)\.\d+\.", plain)
         part = numbered[1] if numbered else plain.rpartition(".")[0]
         parts[part] = parts.get(part, 0) + 1
@@ -134,6 +145,11 @@ def _figures(flow: GradientFlow, count: int, total: int) -> dict[str, object]:
         "unreached": list(flow.unreached),
         "from_second_step": list(flow.zero_at_start),
     }
+
+
+def _told(name: str) -> str:
+    """Without peft's wrapper and the adapter's own name: model.layers.0.q_proj.lora_A.weight."""
+    return name.removeprefix("base_model.model.").replace(".default.", ".")
 
 
 def _some(names: Sequence[str]) -> str:

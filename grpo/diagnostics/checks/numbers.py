@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,18 @@ def check_numbers(subject: Subject) -> Iterator[Finding]:
     loss, *_ = subject.losses(subject.batch(subject.teaching[:1]))
     with dropout_off(policy.model):
         yield from check_pass(policy.model, loss)
-    learning = policy.trainable_parameters()
+    yield from judge_dtypes(policy.trainable_parameters())
+
+
+def judge_dtypes(learning: Mapping[str, nn.Parameter]) -> Iterator[Finding]:
+    """Args: learning: the parameters that learn, by name. Yields nothing where they are wide enough."""
     narrow = sorted(name for name, parameter in learning.items() if parameter.dtype.itemsize < 4)
     if narrow:
         yield Finding(
             check=CHECK,
             status="failed",
             what=f"{len(narrow)} tensors that learn are 16-bit, such as {narrow[0]}",
-            meaning="updates below 0.4% of a weight are rounded away (bfloat16)",
+            meaning="updates below 0.4% of a weight are rounded away (bfloat16), or AdamW's eps is 0 (float16)",
             remedy="keep what learns in float32; dtype is only for frozen weights and products",
         )
 
