@@ -37,7 +37,14 @@ from grpo.rollout.processors import check_custom_processors, load_processor
 from grpo.runtime.devices import check_offload, choose_attention, choose_device, choose_dtype
 from grpo.runtime.distributed import Ranks, launched_for_cpu
 from grpo.runtime.image_processors import load_image_text_processor
-from grpo.runtime.models import check_model, end_token_ids, has_flash_attention, load_model, load_tokenizer
+from grpo.runtime.models import (
+    check_model,
+    end_token_ids,
+    has_flash_attention,
+    load_model,
+    load_tokenizer,
+    reads_images,
+)
 from grpo.runtime.policy import Policy, language_model_head
 from grpo.runtime.seeding import derived_seed
 from grpo.scoring import Scorer
@@ -149,8 +156,10 @@ def open_run(
     device = choose_device(device_name, index=ranks.device_index)
     if purpose == "train":
         check_offload(device, update_offload=config.update.offload, optim_offload=config.optim.offload)
-    check_engine(config)
     check_model(config.model, config.base_dir)
+    if reads_images(config.model, base_dir=config.base_dir):
+        _check_offered_with_images(config)
+    check_engine(config)
     context = RewardContext(
         base_dir=config.base_dir,
         audit_path=audit_path,
@@ -299,8 +308,6 @@ def _with_model(
     dtype = choose_dtype(config.dtype, device)
     tokenizer = load_tokenizer(config.model, base_dir=config.base_dir)
     processor = load_image_text_processor(config.model, tokenizer, base_dir=config.base_dir)
-    if processor is not None:
-        _check_offered_with_images(config)
     image_encoder = None if processor is None else ImageTextEncoder(processor)
     attention = choose_attention(
         config.attention, device, dtype, model_has_flash=has_flash_attention(config.model, base_dir=config.base_dir)

@@ -87,6 +87,18 @@ def has_flash_attention(name: str, *, base_dir: Path) -> bool:
     return bool(architecture._supports_flash_attn)
 
 
+def reads_images(name: str, *, base_dir: Path) -> bool:
+    """Whether `name` is a vision-language model. Raises ModelError where its config cannot be read."""
+    if name.startswith(PACKAGE_PREFIX):  # reads text alone, and is converted later
+        return False
+    target = resolve_model(name, base_dir)
+    try:
+        with quiet_transformers():
+            return is_vision_language(AutoConfig.from_pretrained(target, trust_remote_code=False))
+    except LOADING_ERRORS as exc:
+        raise_unusable(name, target, base_dir, exc)
+
+
 def is_vision_language(config: PreTrainedConfig) -> bool:
     """Whether the model reads images too: those of transformers' image-text-to-text models that are no causal ones."""
     return type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
