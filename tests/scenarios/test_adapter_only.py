@@ -1,0 +1,83 @@
+"""Adapter-only training of a vision-text model: a no_grad block that holds more than the frozen encoder."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from page_snippets import PageReader
+from safetensors.torch import load_file
+from scenarios.ocr_reader import AnswersWithoutGradient, EncodesWithoutGradient, OcrReader, loss_of
+
+from grpo.diagnostics.findings import Finding, worst_status
+from grpo.diagnostics.own_model import verify_model
+
+PAGE = Path(__file__).with_name("adapter_only.md")
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> PageReader:
+    return PageReader(page=PAGE, folder=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def cuts_of(model: OcrReader) -> list[Finding]:
+    return [one for one in verify_model(model, loss_of(model), trainable="projector") if "kind" in one.figures]
+
+
+@pytest.mark.parametrize(
+    ("broken", "around", "forward", "called"),
+    [
+        (EncodesWithoutGradient, "projector", EncodesWithoutGradient.features, "self.projector(read)"),
+        (AnswersWithoutGradient, "language_model", OcrReader.answer, "self.language_model("),
+    ],
+)
+def test_a_block_that_holds_too_much_is_found_with_its_module_and_line(
+    broken: type[OcrReader], around: str, forward: object, called: str
+) -> None:
+    model = broken()
+    with pytest.raises(RuntimeError, match="does not require grad"):  # the failure itself
+        loss_of(model)().backward()
+    (cut,) = cuts_of(model)
+    assert (cut.figures["kind"], cut.figures["around"]) == ("no_grad", [around])
+    lines, first = inspect.getsourcelines(forward)  # pyright: ignore[reportArgumentType]
+    line = first + next(number for number, text in enumerate(lines) if called in text)
+    assert f"called at scenarios/ocr_reader.py:{line}" in cut.what
+
+
+def test_a_block_around_the_frozen_encoder_alone_is_no_fault() -> None:
+    model = OcrReader()
+    assert worst_status(verify_model(model, loss_of(model), trainable="projector")) == "ok"
+
+
+def test_a_loss_that_was_given_requires_grad_runs_and_is_found_all_the_same() -> None:
+    model = EncodesWithoutGradient()
+    loss = loss_of(model)
+    value = loss().requires_grad_(True)
+    value.backward()  # no error any more
+    assert all(parameter.grad is None for parameter in model.projector.parameters())
+    findings = verify_model(model, lambda: loss().requires_grad_(True), trainable="projector")
+    assert "the loss has no grad_fn" in findings[0].meaning
+    assert "no_grad around projector" in findings[1].what
+
+
+def test_the_pages_first_check_prints_what_it_shows(reader: PageReader) -> None:
+    assert reader.follow("The loss does not move") == 9
+
+
+def test_ten_steps_move_the_projector_alone_and_the_saved_one_gives_the_same_loss(reader: PageReader) -> None:
+    assert reader.follow("Ten steps") == 3
+    model = OcrReader()
+    loss = loss_of(model)
+    untrained = float(loss().detach())
+    saved = load_file(reader.folder / "projector.safetensors")
+    model.projector.load_state_dict(saved)
+    assert sum(value.numel() for value in saved.values()) == 672  # 24 * 16 + 16 + 16 * 16 + 16
+    with torch.no_grad():
+        assert float(loss()) < untrained - 0.01
+
+
+def test_an_empty_model_name_is_refused_before_anything_is_read_or_written(reader: PageReader) -> None:
+    assert reader.follow("The model has no name") == 2
+    assert [path.name for path in reader.folder.iterdir()] == ["nameless.yaml"]

@@ -1,0 +1,100 @@
+"""LoRA meant for the Q-Former: patterns that reach the language model, NaN from the second step, endless skips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from page_snippets import PageReader
+from peft import TaskType
+from run_builders import metrics_of
+from scenarios.instruct_blip import LanguageModel, loss_of, make_instruct_blip, with_lora
+
+from grpo.checkpoint import list_checkpoints
+from grpo.diagnostics.findings import Finding
+from grpo.diagnostics.own_model import verify_model
+
+PAGE = Path(__file__).with_name("qformer_lora.md")
+MEANT = r".*qformer.*\.(query|value)"
+ENDS = ["query", "value", "q", "v", "q_proj", "v_proj"]
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> PageReader:
+    return PageReader(page=PAGE, folder=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def scope_of(language_model: LanguageModel, patterns: str | list[str]) -> Finding:
+    model = with_lora(make_instruct_blip(language_model), patterns)
+    (finding,) = [one for one in verify_model(model, loss_of(model), trainable="qformer") if one.check == "scope"]
+    return finding
+
+
+# T5's encoder has 4 attentions, its decoder 8; OPT has 4. Each: two layers of A and B. The Q-Former: 2 + 1 attentions
+@pytest.mark.parametrize(("language_model", "besides"), [("t5", 48), ("opt", 16)])
+def test_patterns_that_reach_the_language_model_are_told_with_what_they_cost(
+    language_model: LanguageModel, besides: int
+) -> None:
+    wide = scope_of(language_model, ENDS)
+    assert wide.status == "failed"
+    assert wide.figures["parts"]["qformer"]["tensors"] == 12
+    assert wide.figures["parts"]["language_model"]["tensors"] == besides
+    # rank 4: A and B of 32 -> 32 are 128 numbers each, of the Q-Former's 16 -> 16 they are 64
+    assert wide.figures["parts"]["language_model"]["parameters"] == besides * 128
+    assert wide.figures["bytes"] == (12 * 64 + besides * 128) * 5 * 4
+    meant = scope_of(language_model, MEANT)
+    assert (meant.status, meant.figures["parameters"]) == ("ok", 12 * 64)
+
+
+def test_patterns_decide_what_learns_and_the_task_type_does_not() -> None:
+    tasks = [None, *(TaskType.FEATURE_EXTRACTION, TaskType.SEQ_2_SEQ_LM, TaskType.CAUSAL_LM)]
+    learning = {
+        frozenset(name for name, one in model.named_parameters() if one.requires_grad)
+        for model in (with_lora(make_instruct_blip("t5"), ENDS, task_type=task) for task in tasks)
+    }
+    assert [len(names) for names in learning] == [60]
+
+
+def test_a_wide_pattern_is_told_with_its_parts_and_refused_where_a_recipe_has_it(reader: PageReader) -> None:
+    assert reader.follow("Twice the memory") == 7
+
+
+def test_float16_gives_nan_from_the_second_step_and_the_first_module_is_named(reader: PageReader) -> None:
+    model = with_lora(make_instruct_blip("opt"), MEANT).half()
+    learning = [one for one in model.parameters() if one.requires_grad]
+    loss, optimizer = loss_of(model), torch.optim.AdamW(learning, lr=1e-3)
+    losses: list[float] = []
+    for _ in range(4):  # the failure itself, with a loop that skips
+        value = loss()
+        losses.append(float(value.detach()))
+        if not bool(value.isnan()):
+            value.backward()
+            optimizer.step()
+    assert [loss == loss for loss in losses] == [True, False, False, False]
+    assert reader.follow("NaN from the second step") == 2
+
+
+def test_the_fixed_form_learns_saves_every_second_step_and_leaves_all_else_as_it_was(tmp_path: Path) -> None:
+    model = with_lora(make_instruct_blip("opt"), MEANT)
+    frozen = {name: one.clone() for name, one in model.named_parameters() if not one.requires_grad}
+    loss = loss_of(model)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    first = float(loss().detach())
+    for step in range(1, 5):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        if step % 2 == 0:
+            model.save_pretrained(str(tmp_path / f"step-{step}"), save_embedding_layers=False)
+    assert float(loss().detach()) < first
+    assert all(torch.equal(one, frozen[name]) for name, one in model.named_parameters() if name in frozen)
+    assert sorted(path.parent.name for path in tmp_path.glob("*/adapter_model.safetensors")) == ["step-2", "step-4"]
+
+
+def test_skips_in_a_row_end_the_run_with_a_checkpoint_of_every_step(reader: PageReader, tiny_model_dir: Path) -> None:
+    (reader.folder / "tiny").symlink_to(tiny_model_dir)
+    assert reader.follow("Batches skipped") == 1
+    rows = metrics_of(reader.folder / "run")
+    assert [row["update/skipped"] for row in rows] == [0, 1, 1]
+    assert list_checkpoints(reader.folder / "run")[-1].step == 3

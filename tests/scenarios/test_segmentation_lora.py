@@ -1,0 +1,52 @@
+"""LoRA on a segmentation model: a no_grad decorator, writes into a leaf, and a Dice that does not move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from page_snippets import PageReader
+from scenarios.segmenter import AssignsInPlace, BlanksInPlace, CannotLearn, Segmenter, loss_of, soft_dice, with_lora
+
+PAGE = Path(__file__).with_name("segmentation_lora.md")
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> PageReader:
+    return PageReader(page=PAGE, folder=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_dice_is_twice_the_common_area_by_both_areas() -> None:
+    sure = torch.tensor([[[40.0, 40.0], [-40.0, -40.0]]])  # the upper row
+    left = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    assert float(soft_dice(sure, left)) == pytest.approx(0.5)  # 2 * 1 / (2 + 2)
+    assert float(soft_dice(sure, left.transpose(1, 2))) == pytest.approx(1.0)
+
+
+def test_the_adapter_has_the_rank_and_the_scale_of_the_report() -> None:
+    model = with_lora(Segmenter())
+    query = model.get_submodule("base_model.model.language_model.model.layers.0.self_attn.q_proj")
+    assert query.lora_A["default"].weight.shape[0] == 64  # pyright: ignore
+    assert query.scaling["default"] == 2.0  # pyright: ignore  # 128 / 64
+
+
+@pytest.mark.parametrize(
+    ("broken", "complaint"),
+    [
+        (CannotLearn, "does not require grad"),
+        (BlanksInPlace, "a leaf Variable that requires grad"),
+        (AssignsInPlace, "a leaf Variable that requires grad"),
+    ],
+)
+def test_each_broken_form_fails_as_torch_puts_it(broken: type[Segmenter], complaint: str) -> None:
+    with pytest.raises(RuntimeError, match=complaint):
+        loss_of(with_lora(broken()))().backward()
+
+
+def test_a_frozen_dice_raises_the_alarm_and_the_check_names_the_decorated_forward(reader: PageReader) -> None:
+    assert reader.follow("Validation Dice") == 11
+
+
+def test_writes_into_a_leaf_are_explained_one_after_the_other(reader: PageReader) -> None:
+    assert reader.follow("A leaf Variable") == 2
