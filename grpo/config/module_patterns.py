@@ -53,12 +53,15 @@ def nearest(pattern: str, names: Sequence[str]) -> str:
     ending = f"**.{pattern}"
     if found := matching(ending, names):
         return f"patterns are whole paths: {ending!r} matches {len(found)} modules, such as {_some(found)}"
+    return f"the nearest are {alike(pattern, names)}"
+
+
+def alike(pattern: str, names: Sequence[str]) -> str:
+    """A few names whose last part is that of a pattern, or spelt like it; else the first ones."""
     last = pattern.rpartition(".")[2]
     same_end = [name for name in names if fnmatchcase(name.rpartition(".")[2], last)] if last != "**" else []
-    alike = same_end or [
-        name for close in difflib.get_close_matches(last, _ends(names), n=_SHOWN) for name in _ending(close, names)
-    ]
-    return f"the nearest are {_some(alike or list(names))}"
+    close = difflib.get_close_matches(last, _ends(names), n=_SHOWN)
+    return _some(same_end or [name for end in close for name in _ending(end, names)] or list(names))
 
 
 def _ends(names: Sequence[str]) -> list[str]:

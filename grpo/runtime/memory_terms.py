@@ -295,7 +295,8 @@ class Terms:
             self.saved_of_pass(*each, is_prompt=number == 0 and len(passes) > 1) for number, each in enumerate(passes)
         )
         if self.width < FULL:
-            total += self.width * (self.shape.linear_parameters if self.is_full else self.learning)
+            head = self.shape.head_parameters if self.trains_head else 0  # multiplied in float32, chunk by chunk
+            total += self.width * (self.shape.linear_parameters if self.is_full else self.learning - head)
         return total
 
     def expanded_prompts(self) -> int:

@@ -19,7 +19,7 @@ from peft.tuners.lora.layer import Conv1D  # pyright: ignore[reportPrivateImport
 from torch import Tensor, nn
 
 from grpo.config import FullPart, LoraPart, LoraTrainable, PartConfig, PartsTrainable, TrainableConfig
-from grpo.config.module_patterns import matching, nearest
+from grpo.config.module_patterns import alike, matching, nearest
 from grpo.errors import ConfigError
 from grpo.runtime.model_parts import ModelParts, is_encoder_decoder, model_parts
 
@@ -319,7 +319,9 @@ def _with_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int, key:
         except ValueError as exc:
             wanted = config.target_modules
             told = sorted(wanted) if isinstance(wanted, set) else wanted
-            raise ConfigError(f"{key} {told} do not fit this model: {exc}") from exc
+            linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+            hint = f" The nearest are {alike(told[0], linears)}." if isinstance(told, list) and told else ""
+            raise ConfigError(f"{key} {told} do not fit this model: {exc}{hint}") from exc
     assert isinstance(adapted, PeftModel)
     for layer in lora_layers(adapted.get_base_model()).values():
         if what := ends.get(id(layer.get_base_layer())):

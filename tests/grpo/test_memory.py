@@ -48,6 +48,9 @@ SIZES = {
 GPT2_SIZES = {"vocab_size": 1000, "n_embd": 96, "n_layer": 6, "n_head": 6, "bos_token_id": 1, "eos_token_id": 2}
 LORA = {"type": "lora", "rank": 4}
 FULL = {"type": "full"}
+FEED, ATTENTION = {"type": "full", "modules": "**.mlp"}, {"type": "lora", "rank": 4, "modules": "**.self_attn"}
+MIXED = {"type": "parts", "parts": [FEED, ATTENTION]}
+LAST_BLOCK = {"type": "parts", "parts": [{"type": "full", "modules": "model.layers.5"}]}
 LLAMA_7B = {
     "model_type": "llama",
     "vocab_size": 32000,
@@ -146,6 +149,8 @@ def saved_bytes(policy: Policy, batch: MicroBatch) -> int:
         ("llama", LORA, 2),
         ("llama", {**LORA, "modules": ["q_proj", "down_proj"]}, 4),
         ("llama", FULL, 2),
+        ("llama", MIXED, 2),
+        ("llama", LAST_BLOCK, 4),
         ("qwen3", LORA, 2),
         ("qwen3", FULL, 4),
         ("mistral", LORA, 4),

@@ -287,6 +287,31 @@ def test_merged_weights_answer_as_the_policy_does(trainable: PartsTrainable, tin
     assert torch.allclose(logits_of(other), logits_of(policy.causal_lm), atol=1e-5)
 
 
+def test_merged_weights_of_a_projector_and_adapters_answer_as_the_policy_does() -> None:
+    policy = Policy(make_llava(), PROJECTOR_AND_LANGUAGE, seed=0)
+    plain = plain_copy(policy)
+    for _ in range(2):
+        nudged_by_gradient(policy, llava_loss(policy.model))
+    assert not torch.allclose(llava_logits(plain), llava_logits(policy.causal_lm), atol=1e-4)
+    copy_merged_weights(plain, policy)
+    assert torch.allclose(llava_logits(plain), llava_logits(policy.causal_lm), atol=1e-5)
+    assert {name for name, _ in policy.merged_weights()} == {
+        *(f"{PROJECTOR}.linear_{number}.{kind}" for number in (1, 2) for kind in ("weight", "bias")),
+        *(f"{name}.weight" for one in policy.learner.taken[1:] for name in one.sizes),
+    }
+
+
+def test_parts_of_a_model_with_images_are_taken_back_to_the_bit(tmp_path: Path) -> None:
+    policy = Policy(make_llava(), PROJECTOR_AND_LANGUAGE, seed=0)
+    for _ in range(2):
+        nudged_by_gradient(policy, llava_loss(policy.model))
+    policy.save(tmp_path)
+    fresh = Policy(make_llava(), PROJECTOR_AND_LANGUAGE, seed=9)
+    fresh.load(tmp_path)
+    assert torch.equal(llava_logits(fresh.model), llava_logits(policy.model))
+    assert torch.equal(llava_logits(load_parts(make_llava(), tmp_path)), llava_logits(policy.model))
+
+
 def test_an_engine_is_offered_an_adapter_only_where_that_is_all_that_learns(tiny_model_dir: Path) -> None:
     mixed, ranks = MIXED, parts(lora("**.q_proj", rank=2), lora("**.mlp", rank=3))
     one = parts(lora("**.q_proj", "**.mlp"))

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from builders import END, full_training, make_policy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from grpo.config import WarmupConfig
+from grpo.config import PartsTrainable, WarmupConfig
 from grpo.errors import ConfigError, DatasetError, NonFiniteUpdate
 from grpo.prompts import encode_prompt
 from grpo.runtime.policy import Policy
@@ -176,6 +176,20 @@ def test_only_the_adapter_moves_and_the_reference_stays_bit_for_bit(
     assert set(policy.trainable_parameters()) == learning
     assert torch.equal(reference_logits(policy), reference)
     assert report.loss_first == pytest.approx(5.8, abs=0.2)
+
+
+def test_parts_move_and_nothing_else_and_the_reference_stays_bit_for_bit(tiny_model_dir: Path, tmp_path: Path) -> None:
+    entries = [{"type": "full", "modules": "model.norm"}, {"type": "lora", "rank": 2, "modules": "model.layers.1"}]
+    trainable = PartsTrainable.model_validate({"type": "parts", "parts": entries})
+    policy = make_policy(tiny_model_dir, trainable=trainable, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):  # as every pass of a run is: a norm in float32 feeds bfloat16 layers
+        before, reference = weights_of(policy), reference_logits(policy)
+    run(tiny_model_dir, policy, make_config(tmp_path))
+    after = weights_of(policy)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == set(policy.learner.names)
+    assert {name: weight.dtype for name, weight in before.items()} == {n: w.dtype for n, w in after.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(reference_logits(policy), reference)
 
 
 def test_full_training_moves_every_weight_but_the_reference(tiny_model_dir: Path, tmp_path: Path) -> None:
