@@ -32,6 +32,7 @@ from grpo.rollout.transformers_engine import TransformersEngine
 from grpo.runtime.devices import choose_attention, choose_device, choose_dtype
 from grpo.runtime.models import has_flash_attention, load_model, load_tokenizer
 from grpo.runtime.policy import Policy
+from grpo.runtime.quantization import quantize
 from grpo.types import Completion, Message, Prompt, RolloutGroup, ScoredGroup, Verdict
 from grpo.update.beta import FixedBeta
 from grpo.update.forward import reference_logprobs
@@ -111,7 +112,10 @@ def run_stages(config: RunConfig, *, prompt_tokens: int, meter: PeakMeter) -> No
     def load() -> None:
         flash = has_flash_attention(config.model, base_dir=config.base_dir)
         attention = choose_attention(config.attention, device, dtype, model_has_flash=flash)
-        model = load_model(config.model, dtype=dtype, base_dir=config.base_dir, attention=attention).to(device)  # pyright: ignore[reportArgumentType]
+        model = load_model(config.model, dtype=dtype, base_dir=config.base_dir, attention=attention)
+        if config.quantization != "none":
+            model = quantize(model, device=device, compute_dtype=dtype)
+        model = model.to(device)  # pyright: ignore[reportArgumentType]
         parts["vocabulary"] = model.config.get_text_config().vocab_size
         parts["policy"] = Policy(model, config.trainable, seed=config.seed)
 

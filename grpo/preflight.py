@@ -46,6 +46,7 @@ from grpo.runtime.models import (
     reads_images,
 )
 from grpo.runtime.policy import Policy, language_model_head
+from grpo.runtime.quantization import check_quantization, quantize
 from grpo.runtime.seeding import derived_seed
 from grpo.scoring import Scorer
 from grpo.trackers import check_trackers
@@ -159,6 +160,7 @@ def open_run(
     check_model(config.model, config.base_dir)
     if reads_images(config.model, base_dir=config.base_dir):
         _check_offered_with_images(config)
+    check_quantization(config.quantization)
     check_engine(config)
     context = RewardContext(
         base_dir=config.base_dir,
@@ -312,7 +314,10 @@ def _with_model(
     attention = choose_attention(
         config.attention, device, dtype, model_has_flash=has_flash_attention(config.model, base_dir=config.base_dir)
     )
-    model = load_model(config.model, dtype=dtype, base_dir=config.base_dir, attention=attention).to(device)  # pyright: ignore[reportArgumentType]
+    model = load_model(config.model, dtype=dtype, base_dir=config.base_dir, attention=attention)
+    if config.quantization != "none":
+        model = quantize(model, device=device, compute_dtype=dtype)
+    model = model.to(device)  # pyright: ignore[reportArgumentType]
     ends = end_token_ids(tokenizer, model.generation_config, config.rollout.end_tokens)
     params = sampling_params(config, ends, tokenizer)
     check_custom_processors(params, vocab_size=language_model_head(model).weight.shape[0])

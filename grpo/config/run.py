@@ -88,6 +88,9 @@ class RunConfig(StrictModel):
     """The run directory; must not exist yet, or use --resume. Relative to the recipe's folder."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the frozen weights and the matrix products; auto is bfloat16 where the hardware has it."""
+    quantization: Literal["none", "nf4"] = "none"
+    """Of the frozen linear layers: in 4 bits and multiplied in `dtype` (QLoRA, arXiv:2305.14314; bitsandbytes, the
+    extra `qlora`). For adapters only. The engine's copy has the same numbers written out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     determinism: Literal["default", "strict"] = "default"
     """strict: torch's deterministic algorithms only, and an error where an operation has none. A run on a CPU repeats
@@ -113,6 +116,15 @@ class RunConfig(StrictModel):
     a checkpoint."""
     base_dir: Path
     """Folder of the recipe, against which relative paths are resolved. Set by the loader."""
+
+    @model_validator(mode="after")
+    def _quantized_weights_are_frozen(self) -> RunConfig:
+        if self.quantization != "none" and self.trainable.type != "lora":
+            raise ValueError(
+                f"quantization = {self.quantization} packs weights that do not learn, and trainable.type is "
+                f"{self.trainable.type}; set trainable.type = lora, or quantization = none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _objectives_fit(self) -> RunConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from grpo.errors import ModelError
 from grpo.runtime.policy import Policy
+from grpo.runtime.quantization import is_packed, written_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,16 +29,22 @@ def plain_copy(policy: Policy) -> PreTrainedModel:
     model: PreTrainedModel = blank.to(dtype=policy.compute_dtype).to_empty(device=policy.device)
     model.eval().requires_grad_(False)
     model.tie_weights()
-    source = {name.replace(".base_layer.", "."): tensor for name, tensor in policy.causal_lm.state_dict().items()}
+    source = {name.replace(".base_layer.", "."): tensor for name, tensor in _tensors_of(policy.causal_lm)}
     own = model.state_dict()
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(source[name])
+            tensor.copy_(written_out(source[name]))
         for name, buffer in policy.causal_lm.named_buffers():  # rotary frequencies are in no state dict
             module, _, last = name.replace(".base_layer.", ".").rpartition(".")
             setattr(model.get_submodule(module), last, buffer.clone())
     _check_all_real(model)
     return model
+
+
+def _tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The state dict, but with a packed weight itself, which knows what its bytes stand for."""
+    yield from model.state_dict().items()
+    yield from ((name, weight) for name, weight in model.named_parameters() if is_packed(weight))
 
 
 def copy_merged_weights(model: PreTrainedModel, policy: Policy) -> None:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from grpo.config import FullTrainable, TrainableConfig
 from grpo.errors import CheckpointError
 from grpo.runtime.packaged_model import quiet_transformers
+from grpo.runtime.quantization import is_packed, num_entries, written_out
 from grpo.runtime.trainable import adapter_parameters, lora_layers, make_trainable, plain_name
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
 ANCHOR = "reference.safetensors"
@@ -54,14 +55,14 @@ class Policy:
         trainable: TrainableConfig,
         *,
         seed: int,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     ) -> None:
         """Start from a model as it was loaded.
 
         Args:
             model: loaded weights, taken over.
             seed: of the adapter's random part.
-            tokenizer: written beside the weights by `save`, so that the folder can be used alone.
+            tokenizer: or processor; written beside the weights by `save`, so that the folder can be used alone.
         Raises:
             ConfigError: modules that cannot be trained.
         """
@@ -96,6 +97,8 @@ class Policy:
         """A single LoRA adapter of one rank and alpha, and nothing besides: what an engine can take as such."""
         if not isinstance(self.model, PeftModel) or self.learner.start:
             return False
+        if any(is_packed(parameter) for parameter in self.model.parameters()):
+            return False  # the engine's own weights are not what it was trained on
         return not any(config.rank_pattern or config.alpha_pattern for config in self.model.peft_config.values())  # pyright: ignore[reportAttributeAccessIssue]
 
     def is_adapters_own(self, name: str) -> bool:
@@ -118,7 +121,7 @@ class Policy:
 
     def num_parameters(self) -> int:
         """All parameters, tied ones once."""
-        return sum(p.numel() for p in self.model.parameters())
+        return sum(num_entries(p) for p in self.model.parameters())
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
@@ -169,7 +172,9 @@ class Policy:
             layer = layers.get(name.removesuffix(".base_layer.weight"))
             if layer is not None:
                 delta = layer.get_delta_weight(layer.active_adapters[0])  # pyright: ignore[reportAttributeAccessIssue]
-                yield plain_name(name), (parameter.float() + delta.float()).detach()
+                yield plain_name(name), (written_out(parameter).float() + delta.float()).detach()
+            elif is_packed(parameter):  # training does not change it, but packing did
+                yield plain_name(name), written_out(parameter)
             elif parameter.requires_grad and not self.is_adapters_own(name):
                 yield plain_name(name), parameter.detach()
 
