@@ -29,7 +29,7 @@ from grpo.errors import ConfigError, DatasetError
 from grpo.journal import Journal
 from grpo.objectives import build_objectives, check_objectives_of_prompts
 from grpo.prompt_images import ImageTextEncoder, PromptImages
-from grpo.prompts import EncodedPrompt, PromptSource, check_prompt, encode_prompt, open_prompts
+from grpo.prompts import EncodedPrompt, PromptSource, check_prompt, encode_prompt, made_up_prompt, open_prompts
 from grpo.rollout.banned_texts import banned_sequences
 from grpo.rollout.base import RolloutEngine, SamplingParams
 from grpo.rollout.engines import check_engine, open_engine
@@ -157,10 +157,10 @@ def open_run(
     device = choose_device(device_name, index=ranks.device_index)
     if purpose == "train":
         check_offload(device, update_offload=config.update.offload, optim_offload=config.optim.offload)
+    check_quantization(config.quantization)
     check_model(config.model, config.base_dir)
     if reads_images(config.model, base_dir=config.base_dir):
         _check_offered_with_images(config)
-    check_quantization(config.quantization)
     check_engine(config)
     context = RewardContext(
         base_dir=config.base_dir,
@@ -360,7 +360,7 @@ def _with_model(
             tokenizer,
             params,
             longest_prompt=longest_prompt,
-            reads_images=processor is not None,
+            image_prompt=None if image_encoder is None else made_up_prompt(image_encoder),
         ),
         scorer=scorer,
         eval_scorer=eval_scorer,

@@ -124,14 +124,28 @@ class ImageTextEncoder:
             DatasetError: an image cannot be read, or the messages cannot be rendered.
             ModelError: the processor gives what the toolkit does not pass on.
         """
-        text = self._rendered(prompt)
+        if not prompt.images:
+            return tuple(self._tokens(self._rendered(prompt))), None
         contents = [_content_of(prompt, path) for path in prompt.images]
         images = [_opened(prompt, path, content) for path, content in zip(prompt.images, contents, strict=True)]
-        if not images:
-            return tuple(self._tokens(text)), None
+        digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents))
+        return self._encoded(prompt, images, digest.hexdigest())
+
+    def made_up(self) -> tuple[Prompt, tuple[int, ...], PromptImages]:
+        """A prompt with a tall and a wide image that are in no file, to try a model out with; encoded."""
+        from PIL import Image
+
+        shades = Image.linear_gradient("L")
+        images = [shades.resize(size).convert("RGB") for size in ((64, 96), (128, 64))]
+        message = Message(role="user", content=f"One {PLACEHOLDER} two {PLACEHOLDER} three")
+        prompt = Prompt(id="made up", messages=(message,), objectives=(), images=("tall", "wide"))
+        return (prompt, *self._encoded(prompt, images, "made up"))
+
+    def _encoded(self, prompt: Prompt, images: Sequence[Image], digest: str) -> tuple[tuple[int, ...], PromptImages]:
+        text = self._rendered(prompt)
         try:
             given = self.processor(
-                text=[text], images=images, return_tensors="pt", text_kwargs=self._text_arguments(text)
+                text=[text], images=list(images), return_tensors="pt", text_kwargs=self._text_arguments(text)
             )
         except ValueError as exc:  # of an image that is too thin, for one
             raise DatasetError(f"the images of prompt {prompt.id!r} cannot be used: {exc}") from exc
@@ -141,11 +155,10 @@ class ImageTextEncoder:
                 "Models that read pixel_values alone, or with image_grid_thw, can be used: LLaVA, Qwen2-VL and alike."
             )
         token_ids = given["input_ids"][0].tolist()
-        digest = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents))
         return tuple(token_ids), PromptImages(
             tensors={name: given[name] for name in sorted(_IMAGE_KEYS & given.keys())},
             token_types=tuple(int(token in self.processor.image_token_ids) for token in token_ids),
-            digest=digest.hexdigest(),
+            digest=digest,
         )
 
     def num_tokens(self, prompt: Prompt) -> int:

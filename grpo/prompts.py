@@ -225,6 +225,12 @@ def encode_prompt(
     return EncodedPrompt(prompt=prompt, token_ids=token_ids, images=images)
 
 
+def made_up_prompt(image_encoder: ImageTextEncoder) -> EncodedPrompt:
+    """A prompt with images of the encoder's own, to try a model out with."""
+    prompt, token_ids, images = image_encoder.made_up()
+    return EncodedPrompt(prompt=prompt, token_ids=token_ids, images=images)
+
+
 def check_prompt(
     prompt: Prompt,
     tokenizer: PreTrainedTokenizerBase,

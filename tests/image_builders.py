@@ -13,12 +13,11 @@ from PIL import Image
 
 from grpo.config import LoraTrainable
 from grpo.prompt_images import ImageTextEncoder
-from grpo.prompts import EncodedPrompt, encode_prompt
+from grpo.prompts import EncodedPrompt, encode_prompt, made_up_prompt
 from grpo.runtime.image_processors import load_image_text_processor
 from grpo.runtime.models import load_model, load_tokenizer
 from grpo.runtime.policy import Policy
 from grpo.types import Message, Prompt
-
 
 IN_EVERY_PART = ("q_proj", "v_proj", "qkv", "fc1", "linear_1", "up_proj")
 """Layers of image towers, projectors and language models."""
@@ -62,6 +61,9 @@ class VisionModel:
 
     def encoded(self, prompts: list[Prompt]) -> list[EncodedPrompt]:
         return [encode_prompt(one, self.tokenizer, max_tokens=None, image_encoder=self.encoder) for one in prompts]
+
+    def made_up_prompt(self) -> EncodedPrompt:
+        return made_up_prompt(self.encoder)
 
     def own_inputs(self, prompt: EncodedPrompt, token_ids: tuple[int, ...] = ()) -> Mapping[str, torch.Tensor]:
         """What the model's own forward pass and its `generate` take for a prompt and tokens behind it."""

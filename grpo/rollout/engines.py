@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from grpo.config import RunConfig, VllmEngineConfig, VllmServerConfig
+from grpo.prompts import EncodedPrompt
 from grpo.rollout.base import RolloutEngine, SamplingParams
 from grpo.runtime.distributed import Ranks
 from grpo.runtime.models import resolve_model
@@ -38,14 +39,15 @@ def open_engine(
     params: SamplingParams,
     *,
     longest_prompt: int = 1,
-    reads_images: bool = False,
+    image_prompt: EncodedPrompt | None = None,
 ) -> RolloutEngine:
     """The engine with the policy's weights in it.
 
     Args:
         params: the law of training; an engine that cannot sample by it says so now.
         longest_prompt: tokens of the longest prompt there is; an engine without room for it says so now.
-        reads_images: prompts may show images; an engine that cannot pass them on says so now.
+        image_prompt: for a vision-language model, any prompt with images; an engine that cannot sample after it says so
+            now.
     Raises:
         ConfigError: it cannot be started with this recipe.
         ModelError: it cannot sample from this model.
@@ -78,5 +80,5 @@ def open_engine(
         tokenizer,
         max_rows=rollout.max_rows,
         max_batch_tokens=rollout.max_batch_tokens,
-        reads_images=reads_images,
+        image_prompt=image_prompt,
     )

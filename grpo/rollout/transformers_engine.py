@@ -7,6 +7,7 @@ completion draws from its own seed, and a group leaves as soon as it is complete
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.errors import ModelError
+from grpo.prompt_images import PromptImages
 from grpo.prompts import EncodedPrompt
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.decoding import Row, Work, decode_plain, decode_shared
@@ -48,7 +50,7 @@ class TransformersEngine:
         *,
         max_rows: int = 64,
         max_batch_tokens: int | None = None,
-        reads_images: bool = False,
+        image_prompt: EncodedPrompt | None = None,
     ) -> None:
         """Copy the model, and try out how it can be decoded.
 
@@ -56,9 +58,9 @@ class TransformersEngine:
             max_rows: rows decoded side by side, at least one group.
             max_batch_tokens: most tokens that those rows may come to, each with its prompt and max_new_tokens; at
                 least one group. None: no limit.
-            reads_images: prompts may show images.
+            image_prompt: for a model whose prompts may show images, any such prompt, to try it out with.
         Raises:
-            ModelError: they may, and the model cannot share prompts, which images need.
+            ModelError: prompts may show images, and with them the model does not say what it says by itself.
         """
         self._tokenizer = tokenizer
         self._max_rows, self._max_batch_tokens = max_rows, max_batch_tokens
@@ -66,11 +68,13 @@ class TransformersEngine:
         given = self._model.config._attn_implementation
         obstacle = use_shared_prompts(self._model)
         self.load_weights(policy)
-        obstacle = obstacle or self._probe()
+        obstacle = obstacle or self._probe(self._probe_prompts())
+        if obstacle is None and image_prompt is not None:
+            obstacle = self._probe([image_prompt.token_ids] * 2, image_prompt.images)
         self.shares_prompts = obstacle is None
         """Whether a prompt is computed once for its samples."""
         if obstacle is not None:
-            if reads_images:
+            if image_prompt is not None:
                 raise ModelError(
                     f"{type(self._model).__name__} cannot be sampled from with images: {obstacle}. Name a "
                     "vision-language model that keeps plain keys and values in every layer."
@@ -126,25 +130,33 @@ class TransformersEngine:
             work=work,
         )
 
-    def _probe(self) -> str | None:
-        """Why shared prompts do not give this model's own log-probabilities; None: they do."""
+    def _probe_prompts(self) -> list[list[int]]:
         vocabulary = min(self._model.config.get_text_config().vocab_size, 1000)
-        prompts = [[1 + (7 * place) % (vocabulary - 1) for place in range(length)] for length in (5, 3)]
+        return [[1 + (7 * place) % (vocabulary - 1) for place in range(length)] for length in (5, 3)]
+
+    def _probe(self, prompts: Sequence[Sequence[int]], images: PromptImages | None = None) -> str | None:
+        """Why shared prompts do not give this model's own log-probabilities; None: they do.
+
+        Args:
+            images: those of every one of the prompts.
+        """
         params = SamplingParams(max_new_tokens=4, end_token_ids=(-1,))
-        draws = torch.from_numpy(np.random.default_rng(0).random((4, 4)))
-        work = Work(prompts=prompts, num_samples=2, params=params, draws=draws, max_rows=4, max_tokens=None)
+        draws = torch.from_numpy(np.random.default_rng(0).random((2 * len(prompts), 4)))
+        shown = None if images is None else [images] * len(prompts)
+        work = Work(
+            prompts=prompts, num_samples=2, params=params, draws=draws, max_rows=4, max_tokens=None, images=shown
+        )
+        of_images = set() if images is None else set(itertools.compress(prompts[0], images.token_types))
         try:
             rows = list(decode_shared(self._model, work))
+            differences = [
+                (own_logprobs(self._model, prompts[row.index // 2], row.token_ids, images) - torch.tensor(row.logprobs))
+                for row in rows
+                if of_images.isdisjoint(row.token_ids)  # its own pass would look for another image there
+            ]
         except (UnsupportedAttention, TypeError, AttributeError, RuntimeError, ValueError, IndexError) as exc:
             return f"its attention does not take shared prompts ({type(exc).__name__}: {exc})"
-        differences = []
-        for row in rows:
-            text = torch.tensor([prompts[row.index // 2] + row.token_ids], device=next(self._model.parameters()).device)
-            with torch.no_grad():
-                law = self._model(text, use_cache=False).logits[0, -5:-1].float().log_softmax(dim=-1)  # [4, V]
-            plain = law.gather(1, text[0, -4:, None])[:, 0].cpu()
-            differences.append((plain - torch.tensor(row.logprobs)).abs())
-        difference = float(torch.cat(differences).mean())
+        difference = float(torch.cat(differences).abs().mean())
         if difference > PROBE_TOLERANCE.get(self._model.dtype, ROUNDED_TOLERANCE):
             return f"with shared prompts its log-probabilities differ by {difference:.2g} nats"
         return None
@@ -165,6 +177,24 @@ class TransformersEngine:
             sampler_logprobs=tuple(row.logprobs),
             finish_reason="stop" if row.has_ended else "length",
         )
+
+
+@torch.no_grad()
+def own_logprobs(
+    model: PreTrainedModel, prompt: Sequence[int], completion: Sequence[int], images: PromptImages | None
+) -> Tensor:
+    """[T] what a pass of the model over prompt and completion says by itself, its positions and masks included."""
+    device = next(model.parameters()).device
+    text = torch.tensor([[*prompt, *completion]], device=device)
+    arguments: dict[str, Tensor] = {}
+    if images is not None:
+        arguments = {name: tensor.to(device) for name, tensor in images.tensors.items()}
+        if "image_grid_thw" in arguments:  # from which it computes positions
+            token_types = [*images.token_types, *(0 for _ in completion)]
+            arguments["mm_token_type_ids"] = torch.tensor([token_types], device=device)
+    logits = model(text, use_cache=False, **arguments).logits[0]  # [T_prompt + T, V]
+    law = logits[len(prompt) - 1 : -1].float().log_softmax(dim=-1)
+    return law.gather(1, text[0, len(prompt) :, None])[:, 0].cpu()
 
 
 def generation_config(params: SamplingParams) -> GenerationConfig:

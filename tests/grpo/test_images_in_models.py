@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from builders import make_batch
 from image_builders import VisionModel, image_prompt, load_vision_model, mixed_prompts, save_image
+from transformers import Qwen2VLForConditionalGeneration, Qwen2VLModel
 
 from grpo.errors import ModelError
 from grpo.rollout.base import SamplingParams
@@ -34,7 +36,7 @@ def model(request: pytest.FixtureRequest) -> VisionModel:
 @pytest.fixture(scope="module")
 def engine(model: VisionModel) -> TransformersEngine:
     """With room for two groups of four: prompts join while others are under way."""
-    return TransformersEngine(model.policy, model.tokenizer, max_rows=8, reads_images=True)
+    return TransformersEngine(model.policy, model.tokenizer, max_rows=8, image_prompt=model.made_up_prompt())
 
 
 @pytest.fixture
@@ -185,4 +187,26 @@ def test_a_model_that_cannot_share_prompts_is_refused_for_images(tiny_llava_dir:
     model.policy.causal_lm.config.text_config.sliding_window = 8
     model.policy.causal_lm.config.text_config.layer_types = ["sliding_attention", "full_attention"]
     with pytest.raises(ModelError, match="cannot be sampled from with images"):
-        TransformersEngine(model.policy, model.tokenizer, reads_images=True)
+        TransformersEngine(model.policy, model.tokenizer, image_prompt=model.made_up_prompt())
+
+
+class FarAway(Qwen2VLForConditionalGeneration):
+    """Says that what follows a prompt is a hundred positions farther than its own passes have it."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = _FarAway(config)
+
+
+class _FarAway(Qwen2VLModel):
+    def get_rope_index(self, *arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        positions, deltas = super().get_rope_index(*arguments, **named)
+        return positions, deltas + 100
+
+
+def test_a_model_whose_positions_are_others_than_it_says_is_refused(tiny_qwen_vl_dir: Path) -> None:
+    """What is sampled after images is compared with the model's own pass over all of it, before any run begins."""
+    model = load_vision_model(tiny_qwen_vl_dir)
+    model.policy.causal_lm.__class__ = FarAway  # the engine's copy is made from it
+    with pytest.raises(ModelError, match=r"with images: with shared prompts its log-probabilities differ by"):
+        TransformersEngine(model.policy, model.tokenizer, image_prompt=model.made_up_prompt())
