@@ -208,6 +208,26 @@ def test_an_adapter_meant_for_the_q_former_is_on_the_q_former_alone(language_mod
     assert (set(flow.norms), flow.unreached, flow.cuts) == (set(learner.names), (), ())
 
 
+def test_an_encoder_decoder_takes_parts_too_and_its_reference_stays_the_untouched_model() -> None:
+    """For verify and for supervised training; GRPO on one is refused where a recipe names it."""
+    trainable = parts(lora("decoder.**.q", "decoder.**.v"), full("encoder.final_layer_norm"))
+    policy = Policy(make_t5(), trainable, seed=0)
+    ids = torch.tensor([[5, 9, 17, 3]])
+
+    def loss() -> torch.Tensor:
+        return policy.model(input_ids=ids, labels=ids).loss
+
+    flow = gradient_flow(policy.model, loss)
+    # 2 blocks with self- and cross-attention: q and v of each, A and B; and the norm
+    assert (len(flow.norms), flow.unreached, flow.cuts) == (2 * 2 * 2 * 2 + 1, (), ())
+    nudged_by_gradient(policy, loss)
+    with torch.no_grad(), policy.reference() as reference:
+        untouched = make_t5()
+        assert torch.equal(reference(input_ids=ids, labels=ids).logits, untouched(input_ids=ids, labels=ids).logits)
+        before = loss()
+    assert not torch.equal(before, loss())  # the policy is itself again
+
+
 # --- gradient, reference, frozen parts: a projector in full and adapters on the language model
 
 
