@@ -110,6 +110,15 @@ def test_the_shipped_accumulator_comes_to_one_large_batch_and_nothing_is_left_of
     }
 
 
+def test_several_windows_over_one_batch_that_are_clipped_by_more_and_more_are_no_scaled_gradient(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    with open_subject(
+        tiny_model_dir, tmp_path, update={"iterations": 2}, optim={"learning_rate": 0.1, "max_grad_norm": 0.01}
+    ) as subject:
+        assert finding_with(subject).status == "ok"
+
+
 WINDOWS = {
     Overwriting: "each micro-batch overwrites the one before",
     ZeroedInside: "gradients are zeroed inside the window",

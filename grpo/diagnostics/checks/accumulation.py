@@ -173,6 +173,7 @@ def accumulated(updater: Updater, batch: TrainBatch, parts: Sequence[Tensor], *,
     """
     parameters = updater.policy.trainable_parameters()
     left: list[Tensor] = []
+    norms: list[float] = []
     scale = float(torch.stack(list(parts)).pow(2).mean().sqrt()) or 1.0
     generator = torch.Generator().manual_seed(0)
     watch = _Zeroings(parameters)
@@ -182,20 +183,27 @@ def accumulated(updater: Updater, batch: TrainBatch, parts: Sequence[Tensor], *,
             left.append(sampled({name: parameter.grad for name, parameter in parameters.items()}))
             watch.is_over = True
 
+    clip = updater.gradients.clip
+
+    def noted(max_norm: float) -> float:
+        norms.append(clip(max_norm))
+        return norms[-1]
+
     with undone(updater):
         for parameter in parameters.values():
             parameter.grad = (scale * torch.randn(parameter.shape, generator=generator)).to(parameter)
         stale = sampled({name: parameter.grad for name, parameter in parameters.items()})
         handle = updater.optimizer.register_step_pre_hook(look)
+        updater.gradients.clip = noted  # several windows over one batch: the stats tell the last one's norm
         try:
             with watch:
-                stats = updater.step(batch)
+                updater.step(batch)
         finally:
             handle.remove()
+            del updater.gradients.clip
     if not left:
         left.append(torch.zeros_like(stale))
-    norm = stats.grad_norm or 0.0
-    clipped_by = min(1.0, max_grad_norm / (norm + 1e-6))  # as clip_grad_norm_ does it
+    clipped_by = min(1.0, max_grad_norm / (norms[0] + 1e-6)) if norms else 1.0  # as clip_grad_norm_ does it
     basis = torch.stack([*parts, stale], dim=1)  # [D, n + 1]
     sizes = basis.norm(dim=0).clamp(min=1e-30)
     window = left[0] / clipped_by
