@@ -2,7 +2,8 @@
 
 Blocks of a section, in order: a file where its first line is `# name.yaml` or `# name.py`; `bash`, lines of `grpo ...`
 or `python name.py`, with `# exits with 1` where a check fails; `text`, what the last block printed. There, every line
-that is not indented begins a new piece, white space counts for nothing, and `...` stands for anything.
+that is not indented begins a new piece, white space counts for nothing, and `...` stands for anything. Amounts in GiB
+may be 2% off: the planner's terms are refined now and then.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from grpo.cli import main
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NAMED = re.compile(r"# ([\w./-]+\.(?:yaml|py))\n")
 EXIT = re.compile(r"\s+# exits with (\d)$")
+AMOUNT = re.compile(r"\d+\\\.\d+ GiB")
+"""In a piece whose points are escaped."""
 WIDTH = 2000
 """Columns: nothing is folded."""
 
@@ -102,9 +105,11 @@ def check_shown(shown: str, printed: str) -> int:
     text, place = _squeezed(printed), 0
     pieces = [_squeezed(piece) for piece in re.split(r"\n(?! )", shown.strip("\n"))]
     for piece in pieces:
-        pattern = re.escape(piece).replace(re.escape("..."), ".*?")
+        pattern = AMOUNT.sub(r"([\\d.]+) GiB", re.escape(piece).replace(re.escape("..."), ".*?").replace("\\ ", " "))
         found = re.compile(pattern).search(text, place)
         assert found, f"not printed: {piece}\nprinted: {printed}"
+        amounts = [float(amount) for amount in re.findall(r"([\d.]+) GiB", piece)]
+        assert [float(amount) for amount in found.groups()] == pytest.approx(amounts, rel=0.02), found[0]
         place = found.end()
     return len(pieces)
 
