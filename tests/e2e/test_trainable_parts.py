@@ -64,7 +64,7 @@ def test_a_wrong_pattern_ends_with_2_and_nothing_written(pattern: str, words: st
     assert not (runs.folder / "run").exists()
 
 
-@pytest.mark.parametrize("kind", ["t5", "instructblip", "bart"])
+@pytest.mark.parametrize("kind", ["t5", "instructblip", pytest.param("bart", marks=pytest.mark.slow)])
 def test_an_encoder_decoder_is_refused_with_what_there_is_for_it(kind: str, runs: Runs) -> None:
     folder = runs.folder / "model"
     config = AutoConfig.for_model(kind)
