@@ -49,8 +49,15 @@ class MemoryCase:
     max_new_tokens: int = 64
     micro_batch_tokens: int = 8192
     top_p: float = 1.0
+    checkpointing: str = "none"
+    quantization: str = "none"
     is_calibration: bool = False
     """Its figure set one of the two allowances for libraries on a CPU."""
+
+    @property
+    def needs(self) -> str | None:
+        """An installed package without which it cannot run; None: nothing that is optional."""
+        return None if self.quantization == "none" else "bitsandbytes"
 
     def recipe(self, model_folder: Path, *, device: str) -> dict[str, Any]:
         """Keys and values of a recipe."""
@@ -67,7 +74,8 @@ class MemoryCase:
                 "max_new_tokens": self.max_new_tokens,
                 "top_p": self.top_p,
             },
-            "update": {"micro_batch_tokens": self.micro_batch_tokens},
+            "update": {"micro_batch_tokens": self.micro_batch_tokens, "checkpointing": self.checkpointing},
+            "quantization": self.quantization,
             "optim": {"learning_rate": 1e-4},
             "trainable": dict(self.trainable),
             "eval": {"before": False, "after": False},
@@ -82,6 +90,13 @@ CASES = (
     MemoryCase(name="160 new tokens", max_new_tokens=160),
     MemoryCase(name="160 new tokens, bfloat16", max_new_tokens=160, dtype="bfloat16"),
     MemoryCase(name="prompts of 600", prompts=1, prompt_tokens=600),
+    MemoryCase(name="every block computed again", checkpointing="full", max_new_tokens=160),
+    MemoryCase(name="every second block computed again", checkpointing="selective", max_new_tokens=160),
+    MemoryCase(name="every block computed again, bfloat16", checkpointing="full", dtype="bfloat16"),
+    MemoryCase(name="all weights, every block computed again", checkpointing="full", trainable=FULL),
+    MemoryCase(name="mistral, every block computed again", checkpointing="full", model=MISTRAL),
+    MemoryCase(name="weights in 4 bits", quantization="nf4"),
+    MemoryCase(name="weights in 4 bits, bfloat16", quantization="nf4", dtype="bfloat16"),
     MemoryCase(name="rank 128", trainable={"type": "lora", "rank": 128}),
     MemoryCase(name="adapters on q and v", trainable={**LORA, "modules": ["q_proj", "v_proj"]}),
     MemoryCase(name="all weights", trainable=FULL),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,6 +72,11 @@ def memory(
     if unknown := sorted(set(wanted) - {each.name for each in CASES}):
         raise ConfigError(f"--case {unknown[0]!r} is not among: {'; '.join(each.name for each in CASES)}.")
     chosen = [each for each in CASES if each.name in wanted]
+    if absent := [each for each in chosen if each.needs is not None and find_spec(each.needs) is None]:
+        if case:
+            raise ConfigError(f"--case {absent[0].name!r} needs {absent[0].needs}, which is not installed.")
+        print(f"left out, for want of bitsandbytes: {'; '.join(each.name for each in absent)}", file=sys.stderr)
+        chosen = [each for each in chosen if each not in absent]
 
     def tell(measured: Measured) -> None:
         done = f"{measured.case.name}: {amount(measured.peak_bytes)}, predicted {amount(measured.predicted_bytes)}"

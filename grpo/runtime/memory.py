@@ -229,26 +229,34 @@ def _phases(terms: Terms, hardware: Hardware) -> tuple[Phase, ...]:
     weights = {"policy": terms.weights() + terms.anchor()}
     if terms.is_full:
         weights["reference"] = terms.reference_copy()
-    optimizer = {"gradients and moments": terms.optimizer()}
+    is_away = terms.config.optim.offload == "states" and not hardware.is_cpu
+    optimizer = (
+        {"gradients": terms.gradients()} if is_away else {"gradients and moments": terms.gradients() + terms.moments()}
+    )
     library = {"libraries": terms.library()} if hardware.is_cpu else {}
     engine, asleep, sampling = _engine(terms, hardware)
     running = {**weights, **optimizer, **library}
     stays = sum(weights.values()) + sum(engine.values())
     files = 0 if hardware.is_cpu else terms.load_host()
     saved = 0 if hardware.is_cpu else 3 * FULL * terms.learning
+    moments_away = terms.moments() if is_away else 0
+    update = max(terms.update_pass(), moments_away)  # moments come back for the optimizer's step, after the pass
+    waiting = terms.saved() - terms.saved_on_device()
 
     def phase(name: str, held: dict[str, int], transient: int, host: int = 0) -> Phase:
         peak = sum(held.values()) + transient
-        return Phase(name=name, held=held, transient_bytes=transient, host_bytes=peak if hardware.is_cpu else host)
+        host = peak if hardware.is_cpu else host + (moments_away if name != "load" else 0)
+        return Phase(name=name, held=held, transient_bytes=transient, host_bytes=host)
 
-    # a CPU's weights are mapped from the files, and are read for the first time when the engine copies them
+    # a CPU's weights are mapped from the files, and are read for the first time when the engine copies them; packed
+    # ones are read before that, and there is no more than the engine's copy will be
     loading = phase("load", {**weights, **engine}, terms.merging(), files)
     assert loading.peak_bytes >= stays
     return (
         loading,
         phase("sampling", {**running, **engine}, sampling),
         phase("reference", {**running, **asleep}, terms.reference_pass()),
-        phase("update", {**running, **asleep}, terms.update_pass()),
+        phase("update", {**running, **asleep}, update, waiting),
         phase("sync", {**running, **engine}, terms.merging()),
         phase("checkpoint", {**running, **asleep}, 0, saved),
     )
@@ -313,6 +321,20 @@ def _changes(config: RunConfig, hardware: Hardware, prompt_tokens: int, shape: M
     rollout, now = config.rollout, _phases_of(config, hardware, prompt_tokens, shape)
     row = prompt_tokens + rollout.max_new_tokens
     candidates: list[tuple[dict[str, Any], str, str, bool]] = []
+    candidates += _recomputed(config, row)
+    if not hardware.is_cpu:
+        candidates += _moved_to_the_host(config)
+    if config.trainable.type == "lora" and config.quantization == "none":
+        why = "frozen weights in 4 bits (the extra qlora): rounded, and multiplied more slowly"
+        candidates.append(({"quantization": "nf4"}, "quantization=nf4", why, False))
+        if rollout.engine.type == "transformers":
+            all_three = {
+                "quantization": "nf4",
+                "update__micro_batch_tokens": row,
+                "rollout__max_rows": rollout.group_size,
+            }
+            text = f"quantization=nf4 update.micro_batch_tokens={row} rollout.max_rows={rollout.group_size}"
+            candidates.append((all_three, text, f"{why}; one completion at a time", False))
     tokens = now.micro_batch_tokens
     while tokens > row:
         cut = changed(config, update__micro_batch_tokens=max(tokens // 2, row))
@@ -356,13 +378,57 @@ def _changes(config: RunConfig, hardware: Hardware, prompt_tokens: int, shape: M
                     packing=_packing(changed(config, **changes), prompt_tokens) if is_cut else "",
                 )
             )
-    # of those that fit and keep the gradient the one that gives up least; of the others the one that saves most
+    # of those that fit and keep the gradient the one that gives up least, and first what costs no further arithmetic;
+    # of the others the one that saves most
     ranked = sorted(
         found,
         key=lambda change: (
             not change.fits,
             not change.keeps_gradient if change.fits else False,
+            any(text.startswith(_TAKES_TIME) for text in change.overrides) if change.fits else False,
             -change.peak_bytes if change.fits and change.keeps_gradient else change.peak_bytes,
         ),
     )
-    return ranked[:5]
+    return _some_of_each(ranked)[:5]
+
+
+_TAKES_TIME = ("update.checkpointing", "update.offload", "optim.offload")
+_SHOWN_OF_A_KIND = 2
+
+
+def _some_of_each(ranked: Sequence[Change]) -> list[Change]:
+    """Of those that change the same key alone, such as ever smaller micro-batches, the first few."""
+    shown: dict[tuple[str, ...], int] = {}
+    kept: list[Change] = []
+    for change in ranked:
+        keys = tuple(text.partition("=")[0] for text in change.overrides)
+        shown[keys] = shown.get(keys, 0) + 1
+        if shown[keys] <= _SHOWN_OF_A_KIND:
+            kept.append(change)
+    return kept
+
+
+def _recomputed(config: RunConfig, row: int) -> Iterable[tuple[dict[str, Any], str, str, bool]]:
+    """Blocks that are computed again for their gradient; where that is not enough, one completion at a time as well."""
+    stages = ("none", "selective", "full")
+    for value in stages[stages.index(config.update.checkpointing) + 1 :]:
+        share = "every second block" if value == "selective" else "every block"
+        why = f"{share} keeps its input alone and is computed again: the same gradient, in more time"
+        yield {"update__checkpointing": value}, f"update.checkpointing={value}", why, True
+    if config.update.checkpointing != "full":
+        both = {"update__checkpointing": "full", "update__micro_batch_tokens": row}
+        text = f"update.checkpointing=full update.micro_batch_tokens={row}"
+        yield both, text, "one completion at a time, every block computed again: the same effective batch", True
+
+
+def _moved_to_the_host(config: RunConfig) -> Iterable[tuple[dict[str, Any], str, str, bool]]:
+    """What can wait in the host's memory."""
+    if config.update.offload == "none":
+        why = "what a pass keeps waits in the host's memory: the same gradient, for the time of the copies"
+        yield {"update__offload": "activations"}, "update.offload=activations", why, True
+    if config.optim.offload == "none" and config.trainable.type == "full":
+        why = "moments wait in the host's memory between steps: the same step, for the time of the copies"
+        yield {"optim__offload": "states"}, "optim.offload=states", why, True
+        both = {"optim__offload": "states", "update__checkpointing": "full"}
+        text = "optim.offload=states update.checkpointing=full"
+        yield both, text, "moments in the host's memory, every block computed again: the same step, in more time", True

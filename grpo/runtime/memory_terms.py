@@ -28,6 +28,10 @@ PREFILL_TOKENS = 8192
 """Prompt tokens that go through the engine's model at once: grpo.rollout.decoding.PREFILL_TOKENS."""
 FULL = 4
 """Bytes of a number in full precision."""
+PACKED_BLOCK = 64
+"""grpo.runtime.quantization.BLOCK."""
+PACKED_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+"""Of a number in NF4 (grpo.runtime.quantization): itself, its block's scale in 8 bits, the scale of 256 such scales."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +134,20 @@ class Terms:
         """The policy: frozen weights in the run's dtype and the adapter in float32, or all of it in float32."""
         if self.is_full:
             return FULL * self.shape.parameters
-        return self.width * (self.shape.parameters - self.in_full) + FULL * self.learning
+        frozen = self.shape.parameters - self.packed - self.in_full
+        return self.width * frozen + self.packed_bytes() + FULL * self.learning
+
+    @property
+    def packed(self) -> int:
+        """Numbers in 4 bits: the linear layers of the model's blocks that fill blocks of scales, biases not counted."""
+        if self.config.quantization == "none":
+            return 0
+        fitting = [linear for linear in self.shape.linears if linear.inputs % PACKED_BLOCK == 0]
+        return self.shape.layers * sum(linear.inputs * linear.outputs for linear in fitting)
+
+    def packed_bytes(self) -> int:
+        """Of what is in 4 bits."""
+        return int(self.packed * PACKED_BITS / 8)
 
     def reference_copy(self) -> int:
         """A second model, where there is no adapter to switch off."""
@@ -145,10 +162,13 @@ class Terms:
         """The engine's own weights, merged; a server's are not in this process."""
         return 0 if self.config.rollout.engine.type == "vllm_server" else self.width * self.shape.parameters
 
-    def optimizer(self) -> int:
-        """Gradients of the window, and the optimizer's two moments."""
-        moments = 2 if self.config.optim.type == "adamw_8bit" else 2 * FULL
-        return (FULL + moments) * self.learning
+    def gradients(self) -> int:
+        """Of the window."""
+        return FULL * self.learning
+
+    def moments(self) -> int:
+        """The optimizer's two."""
+        return (2 if self.config.optim.type == "adamw_8bit" else 2 * FULL) * self.learning
 
     def library(self) -> int:
         """What libraries keep for themselves."""
@@ -288,26 +308,76 @@ class Terms:
         parts = self.learning_parts
         return (parts.layers if parts else self.shape.layers) * block
 
-    def saved(self) -> int:
-        """All that the backward pass of a micro-batch needs, the weights' copies in the products' dtype included."""
+    @property
+    def recomputed_layers(self) -> int:
+        """Blocks that keep their input alone: grpo.update.activations.checkpointed_blocks."""
+        return {"none": 0, "selective": self.shape.layers // 2, "full": self.shape.layers}[
+            self.config.update.checkpointing
+        ]
+
+    def _saved_per_pass(self) -> list[int]:
         passes = self.passes()
-        total = sum(
+        return [
             self.saved_of_pass(*each, is_prompt=number == 0 and len(passes) > 1) for number, each in enumerate(passes)
-        )
-        if self.width < FULL:
-            head = self.shape.head_parameters if self.trains_head else 0  # multiplied in float32, chunk by chunk
-            total += self.width * (self.shape.linear_parameters if self.is_full else self.learning - head)
-        return total
+        ]
+
+    def weight_copies(self) -> int:
+        """In the products' dtype, of all blocks."""
+        if self.width == FULL:
+            return 0
+        head = self.shape.head_parameters if self.trains_head else 0  # multiplied in float32, chunk by chunk
+        return self.width * (self.shape.linear_parameters if self.is_full else self.learning - head)
+
+    def saved(self) -> int:
+        """All that the backward pass of a micro-batch needs, the weights' copies in the products' dtype included; of a
+        block that is computed again, its input."""
+        whole = sum(self._saved_per_pass()) + self.weight_copies()
+        tokens = sum(rows * tokens for rows, tokens, _ in self.passes())
+        inputs = tokens * self.shape.hidden * (FULL if self.is_full else self.width)
+        kept = self.shape.layers - self.recomputed_layers
+        return whole * kept // self.shape.layers + inputs * self.recomputed_layers + self.last_norm()
+
+    def last_norm(self) -> int:
+        """What the norm behind the last block keeps: its input, and the normed values where its scale learns."""
+        tokens = sum(rows * tokens for rows, tokens, _ in self.passes())
+        return tokens * self.shape.hidden * FULL * (2 if self.is_full and not self.shape.has_layer_norm else 1)
+
+    def recomputed_block(self) -> int:
+        """What one block keeps while its gradient is computed, where that was not kept."""
+        if not self.recomputed_layers:
+            return 0
+        return (max(self._saved_per_pass()) + self.weight_copies()) // self.shape.layers
+
+    def saved_on_device(self) -> int:
+        """Where the rest waits in the host's memory: about two blocks', one on its way and one in use. Not measured."""
+        if self.config.update.offload == "none":
+            return self.saved()
+        return min(self.saved(), 2 * self.saved() // self.shape.layers)
+
+    def cached_prompts(self) -> int:
+        """Keys and values of a micro-batch's prompts, of all layers. Where all weights learn, positions turn the keys
+        in float32."""
+        if not self.shape.shares_prompts:
+            return 0
+        tokens = self.rows.prompts * self.rows.prompt_tokens
+        return tokens * self.shape.kv_size * self._key_and_value_width * self.shape.layers
 
     def expanded_prompts(self) -> int:
-        """Keys and values of a micro-batch while its completions are computed; each prompt's once per completion. Where
-        all weights learn, positions turn the keys in float32."""
+        """One layer's keys and values while completions are computed: prompts once per completion, alone and joined
+        with the completions' own."""
         if not self.shape.shares_prompts:
             return 0
         rows = self.rows
-        tokens = rows.rows * (rows.prompt_tokens + rows.completion_tokens - 1)
-        widths = self.width + (FULL if self.is_full else self.width)
-        return tokens * self.shape.kv_size * widths * self.shape.layers
+        tokens = rows.rows * (2 * rows.prompt_tokens + rows.completion_tokens - 1)
+        return tokens * self.shape.kv_size * self._key_and_value_width
+
+    @property
+    def _key_and_value_width(self) -> int:
+        return self.width + (FULL if self.is_full else self.width)
+
+    def _written_out(self) -> int:
+        """The largest packed weight, for its product."""
+        return self.width * self.largest_linear() if self.packed else 0
 
     def states(self) -> int:
         """The last hidden states that predict, gathered for the head."""
@@ -326,27 +396,37 @@ class Terms:
         scores += 2 * rows * attended * self.shape.query_size * self.width
         # queries before and after they are turned, keys and values, the residual and what is normed
         scores += rows * tokens * 2 * (self.shape.query_size + self.shape.kv_size + self.shape.hidden) * self.width
-        return max(self.expanded_prompts() + max(block, scores), self.states() + self.logits(has_filters=False))
+        prompts = self.cached_prompts() + self.expanded_prompts()
+        return max(prompts + max(block, scores), self.states() + self.logits(has_filters=False))
 
     def update_pass(self) -> int:
         """One micro-batch from its forward pass to its gradient: the largest of the moments that can be the peak."""
         shape, rollout = self.shape, self.config.rollout
-        saved, states = self.saved(), self.states()
+        states = self.states()
+        # blocks that are computed again read the prompts' cache a second time
+        saved = self.saved_on_device() + (self.cached_prompts() if self.recomputed_layers else 0)
         has_filters = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
         head_gradient = FULL * shape.head_parameters if self.trains_head else 0
         # a frozen head's slopes; of one that learns, its input, the gradient by it, and that by the states
         head_slopes = self.rows.loss_tokens * shape.hidden * FULL * (3 if self.trains_head else 1)
         rows, tokens, _ = self.passes()[-1]
         backward = rows * tokens * (2 * shape.intermediate * self.width + 2 * shape.hidden * FULL)
+        backward += self.recomputed_block() + self._written_out()
+        freed = self.last_norm() if self.recomputed_layers else 0  # before the last block is computed again
         own_gradient = FULL * self.learning
+        of_forward = self.weight_copies() * self.recomputed_layers // self.shape.layers
         moments = (
-            saved + self.expanded_prompts() + states // 2,  # the forward pass ends
+            saved + of_forward + self.cached_prompts() + states // 2,  # the forward pass ends
             saved + states + head_slopes + head_gradient + self.logits(has_filters=has_filters),  # the head
-            saved + head_gradient + backward,  # the backward pass begins
+            saved + head_gradient + backward - freed,  # the backward pass begins
             own_gradient + 3 * head_gradient,  # it ends: embeddings used in each pass
         )
         if self.width < FULL and not self.is_full:
-            moments = (*moments, saved + backward)
+            moments = (*moments, saved + backward - freed)
+        if self.recomputed_layers == shape.layers:  # the first block's turn: inputs are gone, gradients have come
+            gone = rows * tokens * shape.hidden * (FULL if self.is_full else self.width) * (shape.layers - 1)
+            come = max(own_gradient - (FULL * shape.head_parameters if self.trains_head else 0), 0)
+            moments = (*moments, saved + head_gradient + backward - freed - gone + come)
         apart = 0
         if self.config.update.gradients.method != "sum" or self.config.update.gradients.cosine_every:
             apart = len(self.config.objectives) * FULL * self.learning

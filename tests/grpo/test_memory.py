@@ -18,11 +18,13 @@ from grpo.errors import ConfigError, ModelError
 from grpo.recipe_loader import parse_recipe
 from grpo.rollout import decoding, shared_prompts
 from grpo.rollout.base import SamplingParams
+from grpo.runtime import quantization
 from grpo.runtime.memory import GIB, Hardware, changed, hardware_named, plan
 from grpo.runtime.memory_model import KNOWN, ModelShape, read_shape, shape_of
 from grpo.runtime.memory_terms import (
     CACHE_GROWTH,
     CHUNK_TOKENS,
+    PACKED_BLOCK,
     PLAIN_ATTENTION_SCORES,
     PREFILL_TOKENS,
     Rows,
@@ -31,6 +33,7 @@ from grpo.runtime.memory_terms import (
 )
 from grpo.runtime.policy import Policy, dropout_off
 from grpo.update import logprobs, shared_prefix
+from grpo.update.activations import Checkpointing, checkpointed
 from grpo.update.forward import policy_pass
 
 SIZES = {
@@ -107,6 +110,7 @@ def test_constants_are_the_codes() -> None:
     assert PLAIN_ATTENTION_SCORES == shared_prefix.PLAIN_ATTENTION_SCORES
     assert CACHE_GROWTH == shared_prompts.GROWTH
     assert PREFILL_TOKENS == decoding.PREFILL_TOKENS
+    assert PACKED_BLOCK == quantization.BLOCK
 
 
 def full_rows(rows: Rows) -> MicroBatch:
@@ -126,7 +130,7 @@ def full_rows(rows: Rows) -> MicroBatch:
     )
 
 
-def saved_bytes(policy: Policy, batch: MicroBatch) -> int:
+def saved_bytes(policy: Policy, batch: MicroBatch, checkpointing: Checkpointing = "none") -> int:
     """What autograd keeps of the policy's pass, parameters and the head's slopes not counted, every storage once."""
     own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     found: dict[int, Tensor] = {}
@@ -137,7 +141,11 @@ def saved_bytes(policy: Policy, batch: MicroBatch) -> int:
         return tensor
 
     params = SamplingParams(end_token_ids=(2,), max_new_tokens=batch.completion_ids.shape[1])
-    with dropout_off(policy.model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        dropout_off(policy.model),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        checkpointed(policy.causal_lm, checkpointing),
+    ):
         policy_pass(policy, batch, params)
     return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
 
@@ -168,6 +176,59 @@ def test_what_the_backward_pass_needs_is_what_autograd_keeps(
     head = terms.states() // 2
     # the first block's input needs no gradient with LoRA, and keys are shared in ways of their own: a few percent
     assert terms.saved() + head == pytest.approx(kept, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+@pytest.mark.parametrize(("kind", "trainable", "width"), [("llama", LORA, 2), ("gpt2", FULL, 4), ("mistral", LORA, 4)])
+def test_blocks_that_are_computed_again_keep_what_the_plan_says(
+    kind: str, trainable: Mapping[str, Any], width: int, checkpointing: Checkpointing
+) -> None:
+    config = config_of(kind)
+    shape = shape_of(config.to_dict(), source=kind)
+    terms = terms_of(shape, width=width, trainable=trainable, update={"checkpointing": checkpointing})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if width == 4 else torch.bfloat16)
+    kept = saved_bytes(Policy(model, terms.config.trainable, seed=0), full_rows(terms.rows), checkpointing)
+    assert terms.saved() + terms.states() // 2 == pytest.approx(kept, rel=0.1)
+
+
+def test_what_4_bits_a_number_save_worked_by_hand() -> None:
+    """Llama 7B's blocks have 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) = 6,476,005,376 numbers in linear layers, each
+    in 4 + 8 / 64 + 32 / 16384 = 4.126953125 bits in place of 16."""
+    card, shape = hardware_named("a100-40g"), shape_of(LLAMA_7B, source="7B")
+    peaks = [
+        plan(recipe(quantization=each, dtype="bfloat16"), card, shape=shape).phases[0].held["policy"]
+        for each in ("none", "nf4")
+    ]
+    assert peaks[0] - peaks[1] == 2 * 6_476_005_376 - int(6_476_005_376 * 4.126953125 / 8)
+
+
+def test_moments_that_wait_on_the_host_are_on_the_card_for_the_optimizers_step_alone() -> None:
+    shape, card = shape_of(LLAMA_7B, source="7B"), hardware_named("h200")
+    full = {"type": "full"}
+    here, away = (
+        plan(
+            recipe(trainable=full, dtype="bfloat16", optim={"learning_rate": 1e-5, "offload": each}), card, shape=shape
+        )
+        for each in ("none", "states")
+    )
+    moments = 8 * shape.parameters
+    sampling = {name: next(p for p in found.phases if p.name == "sampling") for name, found in
+                (("here", here), ("away", away))}  # fmt: skip
+    assert sampling["here"].peak_bytes - sampling["away"].peak_bytes == moments
+    assert sampling["away"].host_bytes == moments
+    update = next(phase for phase in away.phases if phase.name == "update")
+    assert update.transient_bytes >= moments
+
+
+def test_where_smaller_micro_batches_are_not_enough_blocks_are_computed_again() -> None:
+    """One completion of 8,190 tokens: nothing is left to cut, and most of it is what the pass keeps."""
+    config = recipe(dtype="bfloat16", rollout={"group_size": 8, "max_new_tokens": 8_190, "max_rows": 8})
+    card = Hardware(name="x", device_bytes=70 * GIB, is_cpu=False, has_bfloat16=True)
+    found = plan(config, card, shape=shape_of(LLAMA_7B, source="7B"))
+    assert not found.fits
+    first = found.changes[0]
+    assert (first.fits, first.keeps_gradient) == (True, True)
+    assert first.overrides[0].startswith(("update.checkpointing=", "update.offload="))
 
 
 @pytest.mark.parametrize("budget", [1, 300, 700, 1000, 5000])
