@@ -113,7 +113,7 @@ def offload_states(optimizer: torch.optim.Optimizer, *, empty_on_host: EmptyOnHo
         empty_on_host: makes a buffer like a tensor; None: page-locked memory.
     """
     empty = empty_on_host or _empty_pinned
-    buffers: dict[tuple[nn.Parameter, str], Tensor] = {}
+    buffers: dict[tuple[Tensor, str], Tensor] = {}
 
     def bring(*_: Any) -> None:
         for parameter, key, value in _large_states(optimizer):
@@ -131,7 +131,7 @@ def offload_states(optimizer: torch.optim.Optimizer, *, empty_on_host: EmptyOnHo
     optimizer.register_load_state_dict_post_hook(leave)
 
 
-def _large_states(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, str, Tensor]]:
+def _large_states(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, str, Tensor]]:
     return [
         (parameter, key, value)
         for parameter, state in optimizer.state.items()

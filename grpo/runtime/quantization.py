@@ -72,7 +72,7 @@ def quantize(model: PreTrainedModel, *, device: torch.device, compute_dtype: tor
         packed.bias = layer.bias
         path, _, last = name.rpartition(".")
         setattr(model.get_submodule(path), last, packed)
-    model.is_loaded_in_4bit = True  # pyright: ignore[reportAttributeAccessIssue]  # peft asks for it
+    model.is_loaded_in_4bit = True  # pyright: ignore[reportArgumentType]  # peft asks for it
     return model
 
 

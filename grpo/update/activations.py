@@ -31,7 +31,7 @@ def checkpointed_blocks(model: PreTrainedModel, checkpointing: Checkpointing) ->
     """
     if checkpointing == "none":
         return []
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
         raise ModelError(
             f"update.checkpointing is {checkpointing}, but {type(model).__name__} has no blocks that transformers "

@@ -68,7 +68,8 @@ class PinnedHost:
         with torch.cuda.stream(self._stream):
             values.copy_(tensor, non_blocking=True)
         tensor.record_stream(self._stream)  # its memory is not given to another tensor before the copy is done
-        arrived = self._stream.record_event()
+        arrived = torch.cuda.Event()
+        arrived.record(self._stream)
         self._under_way.append(arrived)
         if len(self._under_way) > IN_FLIGHT:  # else the arithmetic runs ahead, and nothing is free when it is needed
             self._under_way.popleft().synchronize()

@@ -87,7 +87,7 @@ def _shared(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
         attention_mask=batch.prompt_mask,
         position_ids=given.position_ids,
         **given.images,
-        past_key_values=Cache(layers=prompts),
+        past_key_values=Cache(layers=[*prompts]),
         use_cache=True,
     ).last_hidden_state  # [G, T_prompt, H]
     lengths = batch.prompt_mask.sum(dim=1)  # [G]
