@@ -14,6 +14,7 @@ from typing import Any
 
 from grpo.config import RunConfig, VllmEngineConfig
 from grpo.errors import ConfigError
+from grpo.runtime.memory_changes import candidate_changes, changed
 from grpo.runtime.memory_model import ModelShape, read_shape
 from grpo.runtime.memory_terms import FULL, MIB, Terms, count_micro_batches, largest_micro_batch
 
@@ -275,17 +276,6 @@ def _engine(terms: Terms, hardware: Hardware) -> tuple[dict[str, int], dict[str,
     return taken, {} if engine.sleep else taken, 0
 
 
-def changed(config: RunConfig, **changes: Any) -> RunConfig:
-    """The recipe with other values. Args: changes: "section__key" or "key" -> value."""
-    updated = config
-    for name, value in changes.items():
-        section, _, key = name.rpartition("__")
-        if section:
-            value = getattr(updated, section).model_copy(update={key: value})
-        updated = updated.model_copy(update={section or key: value})
-    return updated
-
-
 def _limits(config: RunConfig, hardware: Hardware, prompt_tokens: int, shape: ModelShape) -> Iterable[Limit]:
     rollout, update = config.rollout, config.update
     whole = config.prompts.per_step * (prompt_tokens + rollout.group_size * rollout.max_new_tokens)
@@ -318,50 +308,14 @@ def _largest(fits: Any, least: int, most: int) -> int | None:
 
 def _changes(config: RunConfig, hardware: Hardware, prompt_tokens: int, shape: ModelShape) -> Sequence[Change]:
     """Those that lower the peak: first what fits and keeps the gradient, then what fits, then by what they save."""
-    rollout, now = config.rollout, _phases_of(config, hardware, prompt_tokens, shape)
-    row = prompt_tokens + rollout.max_new_tokens
-    candidates: list[tuple[dict[str, Any], str, str, bool]] = []
-    candidates += _recomputed(config, row)
-    if not hardware.is_cpu:
-        candidates += _moved_to_the_host(config)
-    if config.trainable.type == "lora" and config.quantization == "none":
-        why = "frozen weights in 4 bits (the extra qlora): rounded, and multiplied more slowly"
-        candidates.append(({"quantization": "nf4"}, "quantization=nf4", why, False))
-        if rollout.engine.type == "transformers":
-            all_three = {
-                "quantization": "nf4",
-                "update__micro_batch_tokens": row,
-                "rollout__max_rows": rollout.group_size,
-            }
-            text = f"quantization=nf4 update.micro_batch_tokens={row} rollout.max_rows={rollout.group_size}"
-            candidates.append((all_three, text, f"{why}; one completion at a time", False))
-    tokens = now.micro_batch_tokens
-    while tokens > row:
-        cut = changed(config, update__micro_batch_tokens=max(tokens // 2, row))
-        tokens = largest_micro_batch(cut, prompt_tokens).padded_tokens  # no more than its rows take
-        why = "smaller micro-batches, more of them: the same effective batch"
-        candidates.append(({"update__micro_batch_tokens": tokens}, f"update.micro_batch_tokens={tokens}", why, True))
-    if rollout.engine.type == "transformers" and rollout.max_rows > rollout.group_size:
-        why = "fewer rows decoded side by side: the same completions, sampled in turns"
-        candidates.append(
-            ({"rollout__max_rows": rollout.group_size}, f"rollout.max_rows={rollout.group_size}", why, True)
-        )
-        both = {"update__micro_batch_tokens": row, "rollout__max_rows": rollout.group_size}
-        text = f"update.micro_batch_tokens={row} rollout.max_rows={rollout.group_size}"
-        candidates.append((both, text, "one completion at a time: the same effective batch", True))
-    if config.trainable.type == "full":
-        from grpo.config import LoraTrainable
-
-        why = "adapters in place of all weights: no second model, few moments"
-        candidates.append(({"trainable": LoraTrainable()}, "trainable={type: lora}", why, False))
-        if config.optim.type == "adamw":
-            candidates.append(({"optim__type": "adamw_8bit"}, "optim.type=adamw_8bit", "moments in 8 bits", False))
-    if now.dtype == "float32" and hardware.has_bfloat16:
-        candidates.append(({"dtype": "bfloat16"}, "dtype=bfloat16", "half the bytes of weights and activations", False))
-    if rollout.max_new_tokens > 1:
-        half = rollout.max_new_tokens // 2
-        why = "shorter completions: another task"
-        candidates.append(({"rollout__max_new_tokens": half}, f"rollout.max_new_tokens={half}", why, False))
+    now = _phases_of(config, hardware, prompt_tokens, shape)
+    candidates = candidate_changes(
+        config,
+        is_cpu=hardware.is_cpu,
+        gains_bfloat16=now.dtype == "float32" and hardware.has_bfloat16,
+        micro_batch_tokens=now.micro_batch_tokens,
+        prompt_tokens=prompt_tokens,
+    )
     found: list[Change] = []
     for changes, text, why, keeps in candidates:
         then = _phases_of(changed(config, **changes), hardware, prompt_tokens, shape)
@@ -406,29 +360,3 @@ def _some_of_each(ranked: Sequence[Change]) -> list[Change]:
         if shown[keys] <= _SHOWN_OF_A_KIND:
             kept.append(change)
     return kept
-
-
-def _recomputed(config: RunConfig, row: int) -> Iterable[tuple[dict[str, Any], str, str, bool]]:
-    """Blocks that are computed again for their gradient; where that is not enough, one completion at a time as well."""
-    stages = ("none", "selective", "full")
-    for value in stages[stages.index(config.update.checkpointing) + 1 :]:
-        share = "every second block" if value == "selective" else "every block"
-        why = f"{share} keeps its input alone and is computed again: the same gradient, in more time"
-        yield {"update__checkpointing": value}, f"update.checkpointing={value}", why, True
-    if config.update.checkpointing != "full":
-        both = {"update__checkpointing": "full", "update__micro_batch_tokens": row}
-        text = f"update.checkpointing=full update.micro_batch_tokens={row}"
-        yield both, text, "one completion at a time, every block computed again: the same effective batch", True
-
-
-def _moved_to_the_host(config: RunConfig) -> Iterable[tuple[dict[str, Any], str, str, bool]]:
-    """What can wait in the host's memory."""
-    if config.update.offload == "none":
-        why = "what a pass keeps waits in the host's memory: the same gradient, for the time of the copies"
-        yield {"update__offload": "activations"}, "update.offload=activations", why, True
-    if config.optim.offload == "none" and config.trainable.type == "full":
-        why = "moments wait in the host's memory between steps: the same step, for the time of the copies"
-        yield {"optim__offload": "states"}, "optim.offload=states", why, True
-        both = {"optim__offload": "states", "update__checkpointing": "full"}
-        text = "optim.offload=states update.checkpointing=full"
-        yield both, text, "moments in the host's memory, every block computed again: the same step, in more time", True
