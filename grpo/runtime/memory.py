@@ -230,6 +230,8 @@ def _phases(terms: Terms, hardware: Hardware) -> tuple[Phase, ...]:
     weights = {"policy": terms.weights() + terms.anchor()}
     if terms.is_full:
         weights["reference"] = terms.reference_copy()
+    if hardware.is_cpu and terms.packed:  # embeddings and norms keep the files mapped, and packing has read all of them
+        weights["files"] = terms.shape.stored_bytes * terms.packed
     is_away = terms.config.optim.offload == "states" and not hardware.is_cpu
     optimizer = (
         {"gradients": terms.gradients()} if is_away else {"gradients and moments": terms.gradients() + terms.moments()}
