@@ -11,7 +11,7 @@ import torch
 from image_builders import save_image
 from run_builders import Runs, completions_of, make_objective, metrics_of, write_rows
 
-from grpo.errors import DatasetError
+from grpo.errors import DatasetError, TooFewVerdicts
 from grpo.runtime.image_processors import load_image_text_processor
 from grpo.runtime.models import load_model, load_tokenizer
 
@@ -30,6 +30,16 @@ from PIL import Image
 def paint(inputs):
     Image.new("RGB", (24, 24), (9, 9, 9)).save("{path}")
     return [float(n) for n, _ in enumerate(inputs)]
+"""
+
+
+SOMETIMES_SILENT = """
+from pathlib import Path
+
+
+def letters(inputs):
+    is_silent = Path("{folder}/silent").exists()
+    return [None if is_silent else abs(len(one.completion) - 10) / -10 for one in inputs]
 """
 
 
@@ -58,7 +68,7 @@ def llava(tiny_llava_dir: Path, request: pytest.FixtureRequest) -> Runs:
 
 
 def check_whole_run(runs: Runs) -> None:
-    evaluated = {"before": True, "after": True, "num_prompts": 3}
+    evaluated = {"before": False, "after": True, "num_prompts": 3}
     whole = runs.run_in_two_parts(steps=2, prompts=PROMPTS, objectives=OBJECTIVES, eval=evaluated)
     rows = metrics_of(whole)
     assert [row["sampler/ratio_p99"] for row in rows] == pytest.approx([1.0, 1.0], abs=1e-4)
@@ -93,6 +103,19 @@ def test_an_image_that_changes_between_sampling_and_update_stops_the_run(llava: 
     objective = {"rewards": [{"name": "run_rewards:paint"}], "beta": {"type": "fixed", "value": 0.05}}
     with pytest.raises(DatasetError, match=r"a\.png\) have changed since its completions were sampled"):
         llava.run("painted", prompts=PROMPTS, objectives={"a": objective})
+
+
+def test_completions_for_an_image_that_has_changed_are_sampled_again_where_a_step_is_taken_up(llava: Runs) -> None:
+    """The journal holds those of the old image; the update would compute their log-probabilities with the new one."""
+    (llava.folder / "run_rewards.py").write_text(SOMETIMES_SILENT.format(folder=llava.folder))
+    objective = {"rewards": [{"name": "run_rewards:letters"}], "beta": {"type": "fixed", "value": 0.05}}
+    (llava.folder / "silent").touch()
+    with pytest.raises(TooFewVerdicts):
+        llava.run("taken_up", steps=1, prompts=PROMPTS, objectives={"a": objective})
+    save_image(llava.folder / "a.png", 24, 16, seed=7)
+    (llava.folder / "silent").unlink()
+    run_dir = llava.run("taken_up", resume=True, steps=1, prompts=PROMPTS, objectives={"a": objective})
+    assert metrics_of(run_dir)[0]["sampler/ratio_p99"] == pytest.approx(1.0, abs=1e-4)
 
 
 def test_an_image_that_is_missing_or_no_image_is_refused(llava: Runs) -> None:

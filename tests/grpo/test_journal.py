@@ -25,6 +25,7 @@ def make_group(name: str = "p0", *, text: str = "an answer") -> RolloutGroup:
         objectives=("short", "long"),
         reference="1.80",
         meta={"kind": "size", "choices": ["a", "b"], "weight": 0.1},
+        images=("/data/tall.png", "/data/größe.png"),
     )
     completions = tuple(
         Completion(
@@ -35,7 +36,7 @@ def make_group(name: str = "p0", *, text: str = "an answer") -> RolloutGroup:
         )
         for row in range(2)
     )
-    return RolloutGroup(prompt=prompt, prompt_token_ids=(1, 2, 3), completions=completions)
+    return RolloutGroup(prompt=prompt, prompt_token_ids=(1, 2, 3), completions=completions, image_digest="0f3a")
 
 
 def make_scored(group: RolloutGroup, value: float | None = 1 / 3) -> ScoredGroup:
