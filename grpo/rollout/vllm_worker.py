@@ -27,6 +27,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ig
 
 from grpo.errors import EngineError
 from grpo.rollout.vllm_sync import Checksum, SyncReport, read_back_columns
+from grpo.rollout.vllm_tables import check_rotary_tables
+from grpo.runtime.vector_functions import settle_vector_functions
+
+settle_vector_functions()  # here, for vLLM imports this before it builds the model, whose rotary table depends on it
 
 ADAPTER_ID = 1
 """Of the one adapter there is: every request has it, or none has."""
@@ -42,7 +46,7 @@ class WeightSync:
         """Take all weights of the plain model, in the checkpoint's names and the engine's dtype.
 
         Raises:
-            EngineError: some of them read back as others.
+            EngineError: some of them read back as others, or the rotary table is wrong.
         """
         self._grpo_version = None  # until it is done, no one knows what the weights are
         checksum = Checksum()
@@ -51,6 +55,7 @@ class WeightSync:
         model = self.model_runner.get_model()
         repack_head(model)
         num_checked = check_weights(model, samples)
+        check_rotary_tables(model)
         self._grpo_version = version
         return _report(version=version, checksum=checksum.value(), num_checked=num_checked)
 
@@ -64,7 +69,7 @@ class WeightSync:
         """Replace the adapter by these tensors, in peft's names. See `Adapter`.
 
         Raises:
-            EngineError: the worker's adapter reads back as another.
+            EngineError: the worker's adapter reads back as another, or the rotary table is wrong.
         """
         self._grpo_version = None
         checksum = Checksum()
@@ -86,6 +91,7 @@ class WeightSync:
         manager.add_adapter(adapter)
         manager.activate_adapter(ADAPTER_ID)
         num_checked = check_adapter(manager, tensors, scaling=alpha / rank, dtype=worker_manager.lora_config.lora_dtype)
+        check_rotary_tables(manager.model)
         self._grpo_version = version
         return _report(version=version, checksum=checksum.value(), num_checked=num_checked)
 

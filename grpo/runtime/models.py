@@ -29,6 +29,7 @@ from transformers.utils.hub import has_file
 
 from grpo.errors import ConfigError, ModelError
 from grpo.runtime.packaged_model import PACKAGE_PREFIX, converted_folder, find_packaged_model, quiet_transformers
+from grpo.runtime.vector_functions import settle_vector_functions
 
 _WEIGHTS = "model.safetensors"
 _WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -48,6 +49,7 @@ def load_model(name: str, *, dtype: torch.dtype, base_dir: Path, attention: str 
     Raises:
         ModelError: it cannot be found or loaded, or some weights are missing from it.
     """
+    settle_vector_functions()
     target = resolve_model(name, base_dir)
     config = _check_resolved(name, target, base_dir)
     auto: Any = AutoModelForImageTextToText if is_vision_language(config) else AutoModelForCausalLM
