@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from page_snippets import PageReader
+from run_builders import metrics_of
 from safetensors.torch import load_file
 from scenarios.ocr_reader import AnswersWithoutGradient, EncodesWithoutGradient, OcrReader, loss_of
 
+from grpo.checkpoint import list_checkpoints
 from grpo.diagnostics.findings import Finding, worst_status
 from grpo.diagnostics.own_model import verify_model
 
@@ -81,3 +83,17 @@ def test_ten_steps_move_the_projector_alone_and_the_saved_one_gives_the_same_los
 def test_an_empty_model_name_is_refused_before_anything_is_read_or_written(reader: PageReader) -> None:
     assert reader.follow("The model has no name") == 2
     assert [path.name for path in reader.folder.iterdir()] == ["nameless.yaml"]
+
+
+def test_a_recipe_trains_the_projector_alone_for_ten_steps_and_saves_it(reader: PageReader) -> None:
+    assert reader.follow("The same through a recipe") == 2
+    run = reader.folder / "run"
+    assert [row["update/skipped"] for row in metrics_of(run)] == [0] * 10
+    assert [one.step for one in list_checkpoints(run)] == [5, 10]
+    earlier, later = (load_file(one.folder / "policy" / "parts.safetensors") for one in list_checkpoints(run))
+    projector = {f"model.multi_modal_projector.linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")}
+    assert later.keys() == projector
+    assert not any(torch.equal(earlier[name], later[name]) for name in later)
+    assert sum(value.numel() for value in later.values()) == 1600  # 16 * 32 + 32 + 32 * 32 + 32
+    held = [path.name for path in (list_checkpoints(run)[-1].folder / "policy").glob("*.safetensors")]
+    assert held == ["parts.safetensors"]

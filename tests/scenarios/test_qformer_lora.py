@@ -98,3 +98,8 @@ def test_skips_in_a_row_end_the_run_with_a_checkpoint_of_every_step(reader: Page
     rows = metrics_of(reader.folder / "run")
     assert [row["update/skipped"] for row in rows] == [0, 1, 1]
     assert list_checkpoints(reader.folder / "run")[-1].step == 3
+
+
+def test_an_encoder_decoder_is_refused_with_what_there_is_for_it(reader: PageReader) -> None:
+    assert reader.follow("What grpo train says") == 1
+    assert not (reader.folder / "run").exists()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from page_snippets import PageReader
+from run_builders import metrics_of
 from scenarios.segmenter import AssignsInPlace, BlanksInPlace, CannotLearn, Segmenter, loss_of, soft_dice, with_lora
+
+from grpo.alarms import unmoved
 
 PAGE = Path(__file__).with_name("segmentation_lora.md")
 
@@ -50,3 +54,22 @@ def test_a_frozen_dice_raises_the_alarm_and_the_check_names_the_decorated_forwar
 
 def test_writes_into_a_leaf_are_explained_one_after_the_other(reader: PageReader) -> None:
     assert reader.follow("A leaf Variable") == 2
+
+
+def test_the_dice_of_boxes_trains_the_adapter_for_some_steps_and_the_evaluation_moves(reader: PageReader) -> None:
+    assert reader.follow("The regions reward") == 0  # what it shows is in its files
+    run = reader.folder / "run"
+    rows = metrics_of(run)
+    assert len(rows) == 8
+    assert all(row["reward/segmentation/std"] > 0 and row["grad_norm"] > 0 for row in rows)
+    assert rows[-1]["kl/segmentation"] > rows[0]["kl/segmentation"]
+    assert unmoved(json.loads((run / "eval.json").read_text(encoding="utf-8"))) == []
+
+
+def test_a_run_whose_answers_change_and_whose_dice_does_not_is_told_so() -> None:
+    def entries(text: str) -> list[dict[str, object]]:  # nothing of it can be read: 0 for every picture, for ever
+        return [{"id": f"p{n}", "completion": f"{text} {n}", "scores": {"segmentation": 0.0}} for n in range(8)]
+
+    (alarm,) = unmoved({"answers": {"before": entries("the mask is"), "after": entries("here: <seg>")}})
+    assert alarm.name == "evaluation of segmentation unmoved"
+    assert "can read none of the answers" in alarm.text
