@@ -19,6 +19,8 @@ from grpo.runtime.distributed import Ranks
 from grpo.runtime.policy import Policy
 from grpo.update.gradients import combine_gradients
 
+pytestmark = pytest.mark.long
+
 METHODS: tuple[Literal["pcgrad", "cagrad", "mgda"], ...] = ("pcgrad", "cagrad", "mgda")
 
 

@@ -24,6 +24,8 @@ from grpo.recipe_loader import parse_recipe
 from grpo.step_report import StepReport
 from grpo.trainer import Trainer
 
+pytestmark = pytest.mark.long
+
 TOPICS = [
     "Add 1 and 1.",
     "What is the capital of France?",

@@ -14,6 +14,8 @@ from peft import AutoPeftModelForCausalLM
 
 from judges.demo_server import serve
 
+pytestmark = pytest.mark.long
+
 SMALL = [
     "prompts.per_step=4",
     "rollout.group_size=4",

@@ -33,14 +33,22 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "banned": {"banned": ((30,), (28, 198))},
     "no-repeat-ngram": {"no_repeat_ngram": 2},
 }
+
+
+def _marks(number: int, temperature: float, top_p: float) -> list[pytest.MarkDecorator]:
+    if (temperature, top_p) != ([0.7, 1.0, 1.3][number % 3], [1.0, 0.9][number % 2]):
+        return [pytest.mark.slow]
+    return [] if number % 3 == 1 else [pytest.mark.long]
+
+
 SETTINGS = [
     pytest.param(
         temperature,
         top_p,
         name,
         id=f"{temperature}-{top_p}-{name}",
-        # every temperature, top-p and processor is in the default run, not every combination of them
-        marks=[] if (temperature, top_p) == ([0.7, 1.0, 1.3][number % 3], [1.0, 0.9][number % 2]) else pytest.mark.slow,
+        # CI has every temperature, top-p and processor, not every combination; the default run every other of those
+        marks=_marks(number, temperature, top_p),
     )
     for number, name in enumerate(PROCESSORS)
     for temperature in (0.7, 1.0, 1.3)

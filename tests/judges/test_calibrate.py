@@ -146,6 +146,7 @@ def texts_of(rows: Sequence[GoldRow]) -> tuple[list[str], list[str]]:
     return [row.question for row in rows], [row.completion for row in rows]
 
 
+@pytest.mark.long
 def test_coverage_over_many_judges_of_one_accuracy_on_halueval() -> None:
     rows = halueval_rows()
     texts = texts_of(rows)
