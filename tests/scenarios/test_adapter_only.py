@@ -11,9 +11,12 @@ from page_snippets import PageReader
 from run_builders import metrics_of
 from safetensors.torch import load_file
 from scenarios.ocr_reader import AnswersWithoutGradient, EncodesWithoutGradient, OcrReader, loss_of
+from torch import nn
 
 from grpo.checkpoint import list_checkpoints
+from grpo.diagnostics.checks.gradient import judge_flow
 from grpo.diagnostics.findings import Finding, worst_status
+from grpo.diagnostics.gradflow import GradientFlow
 from grpo.diagnostics.own_model import verify_model
 
 PAGE = Path(__file__).with_name("adapter_only.md")
@@ -66,6 +69,20 @@ def test_a_loss_that_was_given_requires_grad_runs_and_is_found_all_the_same() ->
 
 def test_the_pages_first_check_prints_what_it_shows(reader: PageReader) -> None:
     assert reader.follow("The loss does not move") == 9
+
+
+def test_the_reports_own_sizes_are_counted_as_it_has_them() -> None:
+    with torch.device("meta"):  # sizes without memory
+        model = nn.Module()
+        model.projector = nn.Sequential(nn.Linear(512, 4096), nn.GELU(), nn.Linear(4096, 4096))
+        model.language_model = nn.Linear(40_000, 38_500, bias=False).requires_grad_(False)  # 1.54 billion
+    norms: dict[str, float | None] = {f"projector.{name}": 1.0 for name, _ in model.projector.named_parameters()}
+    flow = GradientFlow(
+        has_graph=True, norms=norms, zero_at_start=(), zero_always=(), cuts=(), outside=(), whole_pass_is_off=False
+    )
+    (finding,) = judge_flow(flow, model, meant=norms.keys())
+    # 512 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert finding.what == ("trainable 18,882,560 = 1.2%; base frozen: yes; projector: gradient in 4 of 4 tensors")
 
 
 def test_ten_steps_move_the_projector_alone_and_the_saved_one_gives_the_same_loss(reader: PageReader) -> None:
