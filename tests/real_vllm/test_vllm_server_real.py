@@ -265,7 +265,10 @@ LAWS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(
+    "law",
+    ["penalties", *(pytest.param(law, marks=pytest.mark.slow) for law in ("no processor", "bans, and one's own"))],
+)
 def test_sampler_and_trainer_agree_on_every_token(
     engine: VllmServerEngine, policy: Policy, prompts: list[EncodedPrompt], law: str
 ) -> None:
@@ -282,6 +285,7 @@ def test_sampler_and_trainer_agree_on_every_token(
     assert num_apart <= 0.005 * num_compared
 
 
+@pytest.mark.slow
 def test_the_agreement_would_notice_a_law_that_is_not_replayed(
     engine: VllmServerEngine, policy: Policy, prompts: list[EncodedPrompt]
 ) -> None:
