@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from grpo.memory_commands import bench, plan
 from grpo.verify_command import verify
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+OTHERS_GRACE_S = 5.0
+"""Seconds that the main process has to tell an error that all processes of a run meet, before another ends."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -195,8 +198,13 @@ def main() -> None:
     try:
         app()
     except GrpoError as exc:
-        if _is_main():  # it is raised on every rank
-            print("\n".join([f"error: {exc}", *getattr(exc, "__notes__", [])]), file=sys.stderr)
+        error = "error"
+        if not _is_main():
+            # it is raised on every rank, and the main one tells it; a launcher ends that one when another has ended, so
+            # this one waits to be ended itself. If nobody does, the error is its own
+            time.sleep(OTHERS_GRACE_S)
+            error = f"error in process {os.environ['RANK']}"
+        print("\n".join([f"{error}: {exc}", *getattr(exc, "__notes__", [])]), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT if isinstance(exc, InputError) else EXIT_FAILED)
     except KeyboardInterrupt:
         print("stopped at once", file=sys.stderr)  # before or after typer, which turns the others into exit code 130

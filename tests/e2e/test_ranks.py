@@ -316,3 +316,11 @@ def test_bad_input_under_a_launcher_is_one_error_and_a_failure(tiny_model_dir: P
     ]
     assert errors.count("error: ") == 1, errors
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_that_only_another_process_meets_is_told_by_it(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "grpo", "train", str(tmp_path / "nowhere.yaml")]
+    done = subprocess.run(line, env={**os.environ, "RANK": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error in process 1: ")
+    assert "nowhere.yaml" in done.stderr
