@@ -201,6 +201,14 @@ def _of_the_run(objectives: Sequence[str]) -> list[_Watch]:
 def _of_an_objective(objective: str) -> list[_Watch]:
     return [
         _Watch(
+            name=f"no signal of {objective}",
+            patience=10,  # an objective may have one group a step, and easy prompts are all right five times by chance
+            is_met=lambda row: _alone_is_flat(row, objective),
+            text="every completion of a group has had the same score, in every group that this objective scored{since}, "
+            "so it teaches nothing. All are right, all are wrong, or the reward does not see what differs: look at "
+            "completions.jsonl",
+        ),
+        _Watch(
             name=f"one-token completions of {objective}",
             patience=3,
             is_met=lambda row: _at_most(row.get(names.length_mean_name(objective)), SHORT_LENGTH),
@@ -231,6 +239,13 @@ def _unless_skipped(row: Row, is_met: Callable[[], bool | None]) -> bool | None:
 def _kl_is_zero(row: Row, objectives: Sequence[str]) -> bool | None:
     kls = [kl for name in objectives if (kl := row.get(names.kl_name(name))) is not None]
     return all(abs(kl) <= NO_KL for kl in kls) if kls else None
+
+
+def _alone_is_flat(row: Row, objective: str) -> bool | None:
+    """None too where no group of any objective differs: "no signal" is told of that."""
+    if row.get(names.ZERO_VARIANCE_FRAC) == 1:
+        return None
+    return _at_least(row.get(names.zero_variance_frac_name(objective)), 1.0)
 
 
 def _above(value: float | None, bound: float) -> bool | None:

@@ -63,6 +63,12 @@ def unscored_frac_name(objective: str) -> str:
     return f"reward/{objective}/unscored_frac"
 
 
+def zero_variance_frac_name(objective: str) -> str:
+    """Share of the groups with at least two verdicts of the objective in which all of them are equal. The run's
+    `ZERO_VARIANCE_FRAC` is of every group and objective, with verdicts or without."""
+    return f"groups/{objective}/zero_variance_frac"
+
+
 def length_correlation_name(objective: str) -> str:
     """Spearman's rank correlation of scores with lengths in tokens."""
     return f"reward/{objective}/length_correlation"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo import metrics as names
+from grpo.advantages import RANGE_TOLERANCE
 from grpo.batching import TrainBatch
 from grpo.collection import Collected
 from grpo.errors import NonFiniteUpdate
@@ -130,12 +131,30 @@ def _reward_figures(groups: Sequence[ScoredGroup], batch: TrainBatch) -> dict[st
             spread = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
             figures[names.reward_mean_name(name)] = mean
             figures[names.reward_std_name(name)] = spread**0.5
+        flat = _are_flat(groups, name)
+        if flat:
+            figures[names.zero_variance_frac_name(name)] = sum(flat) / len(flat)
         correlation = score_length_correlation(*_scores_and_lengths(groups, name))
         if correlation is not None:
             figures[names.length_correlation_name(name)] = correlation
     asked = sum(len(group.rollout.prompt.objectives) for group in groups)
     figures[names.ZERO_VARIANCE_FRAC] = float(batch.advantages.is_flat.sum()) / max(asked, 1)
     return figures
+
+
+def _are_flat(groups: Sequence[ScoredGroup], objective: str) -> list[bool]:
+    """Of each group with at least two verdicts of the objective: whether they are equal, as `group_advantages` sees it.
+
+    From the verdicts: the batch's own `is_flat` is, where scores are summed first, that of the sum, behind which an
+    objective without any difference hides.
+    """
+    found: list[bool] = []
+    for group in groups:
+        values = [v.value for one in group.verdicts if (v := one.get(objective)) is not None and v.value is not None]
+        if len(values) >= 2:
+            largest = max(1.0, *(abs(value) for value in values))
+            found.append(max(values) - min(values) <= RANGE_TOLERANCE * largest)
+    return found
 
 
 def _scores_and_lengths(groups: Sequence[ScoredGroup], objective: str) -> tuple[list[float | None], list[int]]:

@@ -214,6 +214,7 @@ ONCE_AN_OBJECTIVE = {
     "beta/{}",
     "completion/{}/length_mean",
     "completion/{}/truncated_frac",
+    "groups/{}/zero_variance_frac",
 }
 
 

@@ -14,6 +14,8 @@ HEALTHY: dict[str, float] = {
     "kl/fair": 0.02,
     "kl/true": 0.01,
     "groups/zero_variance_frac": 0.25,
+    "groups/fair/zero_variance_frac": 0.5,
+    "groups/true/zero_variance_frac": 0.0,
     "sampler/ratio_p99": 1.1,
     "completion/fair/length_mean": 12.0,
     "completion/true/length_mean": 9.0,
@@ -40,6 +42,7 @@ def test_a_healthy_run_hears_nothing() -> None:
         ({"grad_norm": 0.0}, (3, "no gradient")),
         ({"kl/fair": 0.0, "kl/true": 0.0}, (5, "no KL")),
         ({"groups/zero_variance_frac": 1.0}, (5, "no signal")),
+        ({"groups/zero_variance_frac": 0.5, "groups/true/zero_variance_frac": 1.0}, (10, "no signal of true")),
         ({"sampler/ratio_p99": 2.5}, (1, "sampler ratio")),
         ({"completion/true/length_mean": 1.0}, (3, "one-token completions of true")),
         ({"completion/fair/truncated_frac": 0.95}, (5, "truncated completions of fair")),
@@ -54,6 +57,11 @@ def test_each_condition_is_told_once_after_so_many_steps_in_a_row(
 
 def test_one_objective_that_moves_is_no_flat_kl() -> None:
     assert heard(Alarms(["fair", "true"]), 40, **{"kl/fair": 0.0}) == []
+
+
+def test_objectives_that_are_all_without_signal_are_told_as_one() -> None:
+    every = {f"groups/{name}zero_variance_frac": 1.0 for name in ("", "fair/", "true/")}
+    assert heard(Alarms(["fair", "true"]), 40, **every) == [(5, "no signal")]
 
 
 def test_a_step_between_begins_the_count_again_and_the_alarm_can_come_again() -> None:

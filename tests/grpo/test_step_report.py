@@ -57,6 +57,24 @@ def test_a_flat_group_is_counted_among_the_groups_that_were_asked() -> None:
     assert row_of()["groups/zero_variance_frac"] == 0.5  # b's one group of the two
 
 
+def test_an_objective_whose_every_group_is_flat_is_seen_beside_one_that_differs() -> None:
+    row = row_of()
+    assert row["groups/a/zero_variance_frac"] == 0  # 1 and 0
+    assert row["groups/b/zero_variance_frac"] == 1
+
+
+def test_a_flat_objective_does_not_hide_in_a_sum_with_one_that_differs_nor_behind_missing_verdicts() -> None:
+    groups = [
+        make_group([{"a": 1.0, "b": 0.5}, {"a": 0.0, "b": 0.5}], lengths=[1, 1], seed=1),
+        make_group([{"a": 1.0, "b": 0.5}, {"a": 0.0, "b": None}], lengths=[1, 1], seed=2),  # one verdict of b: no group
+    ]
+    collected = Collected(groups=tuple(groups), own=(0, 1), discarded=(), judge_seconds=0.0)
+    batch = make_batch(groups, combine="summed")
+    row = report_step(3, collected, batch, STATS, seconds={"step": 2.0}, peak_bytes=7).row
+    assert (row["groups/a/zero_variance_frac"], row["groups/b/zero_variance_frac"]) == (0, 1)
+    assert row["groups/zero_variance_frac"] == 0
+
+
 def test_the_forced_share_is_of_loss_tokens() -> None:
     assert row_of()["sampler/kept_set_miss_frac"] == pytest.approx(1 / 12)  # 2 + 4 of a, 1 + 1 + 4 of b
 
