@@ -42,6 +42,8 @@ BFLOAT16_CAPABILITY = (8, 0)
 TOOL_TIMEOUT_S = 20.0
 IMPORT_TIMEOUT_S = 120.0
 CGROUP = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+"""Which groups this process is in."""
 NO_LIMIT = 1 << 60
 """cgroup v1 writes a number near 2^63 for "none"."""
 
@@ -79,7 +81,8 @@ class MachineFacts:
     available_bytes: int
     """That can be had without swapping."""
     limit_bytes: int | None = None
-    """Of this container (cgroup); None where there is none. Above it the kernel kills with signal 9."""
+    """Of this container, job or service (cgroup), the tightest; None where there is none. Above it the kernel kills
+    with signal 9."""
     limit_used_bytes: int | None = None
     shared_memory_bytes: int | None = None
     """Free in /dev/shm; None where there is none."""
@@ -132,7 +135,7 @@ class ThisMachine:
         import torch
 
         memory = psutil.virtual_memory()
-        limit, used = cgroup_memory(CGROUP)
+        limit, used = cgroup_memory(CGROUP, MEMBERSHIP.read_text() if MEMBERSHIP.exists() else "")
         driver, driver_cuda, gpus = _driver_and_gpus()
         shared = Path("/dev/shm")
         return MachineFacts(
@@ -186,16 +189,38 @@ class ThisMachine:
         return True
 
 
-def cgroup_memory(root: Path) -> tuple[int | None, int | None]:
-    """(limit, used) in bytes of the container that this process is in; None where there is none. Versions 1 and 2."""
-    for folder, limit_name, used_name in (
-        (root, "memory.max", "memory.current"),
-        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+def cgroup_memory(root: Path, membership: str = "") -> tuple[int | None, int | None]:
+    """(limit, used) in bytes of the tightest group that this process is in; None where there is none.
+
+    A limit of any group above binds too (a scheduler's job, a service, a container), so all on the path are read. Where
+    a container sees its own group as the root, the path may lead outside of it: what is not there is passed over.
+
+    Args:
+        root: where the groups are mounted, /sys/fs/cgroup.
+        membership: what /proc/self/cgroup says, a line `number:controllers:path` for each hierarchy; version 2's has
+            no controllers.
+    """
+    for folder, controller, limit_name, used_name in (
+        (root, "", "memory.max", "memory.current"),
+        (root / "memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        limit = _number_in(folder / limit_name)
-        if limit is not None and limit < NO_LIMIT:
-            return limit, _number_in(folder / used_name)
+        own = _path_of(membership, controller)
+        groups = [folder / group for group in (own, *own.parents)]
+        limits = [(limit, group) for group in groups if (limit := _number_in(group / limit_name)) is not None]
+        limit, group = min(limits, key=lambda pair: pair[0], default=(NO_LIMIT, folder))
+        if limit < NO_LIMIT:
+            return limit, _number_in(group / used_name)
     return None, None
+
+
+def _path_of(membership: str, controller: str) -> Path:
+    """Where a hierarchy says that the process is, below its mount; the mount itself where it says nothing."""
+    for line in membership.splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controller in controllers.split(","):
+            return Path(*(part for part in path.split("/") if part not in ("", "..")))
+    return Path()
 
 
 def _number_in(path: Path) -> int | None:

@@ -160,6 +160,45 @@ def test_the_containers_limit_is_read_in_both_versions_of_cgroups(tmp_path: Path
     assert cgroup_memory(tmp_path) == (2 << 30, 5)
 
 
+@pytest.mark.parametrize(
+    ("mount", "membership", "limit_name", "used_name"),
+    [
+        (".", "0::/system.slice/slurmd.service/job_7/step_0\n", "memory.max", "memory.current"),
+        (
+            "memory",
+            "9:cpu,cpuacct:/elsewhere\n4:memory:/system.slice/slurmd.service/job_7/step_0\n0::/\n",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+        ),
+    ],
+)
+def test_the_tightest_limit_on_the_way_to_the_root_is_the_one_that_ends_a_job(
+    tmp_path: Path, mount: str, membership: str, limit_name: str, used_name: str
+) -> None:
+    limits = {  # group -> (limit, used)
+        "system.slice": ("64000", "50000"),
+        "system.slice/slurmd.service": ("max", "40000"),
+        "system.slice/slurmd.service/job_7": ("16000", "9000"),
+        "system.slice/slurmd.service/job_7/step_0": ("32000", "8000"),
+        "system.slice/slurmd.service/job_8": ("1000", "1000"),  # another's
+    }
+    for group, (limit, used) in limits.items():
+        folder = tmp_path / mount / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / limit_name).write_text(f"{limit}\n")
+        (folder / used_name).write_text(f"{used}\n")
+    assert cgroup_memory(tmp_path, membership) == (16_000, 9_000)
+    (tmp_path / mount / limit_name).write_text("4000\n")
+    assert cgroup_memory(tmp_path, membership) == (4_000, None)  # the root has no use of its own written
+
+
+def test_a_group_whose_path_leads_out_of_the_container_is_read_at_its_mount(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("10\n")
+    assert cgroup_memory(tmp_path, "0::/../../docker/c0ffee\n") == (5_000, 10)
+    assert cgroup_memory(tmp_path, "0::/kubepods/pod1/c0ffee\n") == (5_000, 10)
+
+
 def test_this_machine_can_run_its_own_tests() -> None:
     findings = examine(ThisMachine(), None, working_dir=Path.cwd())
     assert [finding for finding in findings if finding.check in ("python", "origins") and finding.status != "ok"] == []
