@@ -66,6 +66,8 @@ class Policy:
         Raises:
             ConfigError: modules that cannot be trained.
         """
+        self.shares_prompts: bool | None = None
+        """Whether a pass computes a prompt once for its completions; None: not tried out yet (`update.forward`)."""
         self._tokenizer = tokenizer
         self._anchor: dict[str, Tensor] | None = None
         self._compute_dtype = model.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,9 +16,10 @@ from torch import Tensor
 from grpo.batching import MicroBatch
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.replay import Replay, ReplayedPrompts
+from grpo.rollout.transformers_engine import PROBE_TOLERANCE, ROUNDED_TOLERANCE
 from grpo.runtime.policy import Policy, language_model_head
 from grpo.update.logprobs import Process, logprobs_under_both_laws
-from grpo.update.shared_prefix import predicting_states
+from grpo.update.shared_prefix import can_share_prompts, predicting_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +46,35 @@ def replay_of(batch: MicroBatch, params: SamplingParams, *, remembers: bool = Fa
     return Replay(params, batch.completion_ids, rows, offsets, prompts=prompts, remembers=remembers)
 
 
+@torch.no_grad()
+def try_prompt_sharing(policy: Policy, batch: MicroBatch) -> str | None:
+    """Decide, once a run, whether prompts are computed once for their completions; returns why not.
+
+    A model may keep plain keys and values and yet not look at them as its own pass over the whole row would. So two
+    completions of the first batch go both ways, and their log-probabilities (at temperature 1) have to agree.
+    """
+    if not can_share_prompts(policy.causal_lm):
+        policy.shares_prompts = False
+        return "it keeps more than plain keys and values of every token, or not of every token"
+    policy.shares_prompts = True
+    if batch.images is not None:  # the engine has tried them, and there is no other way
+        return None
+    few = batch.rows(torch.arange(min(2, len(batch.prompt_of_row)), device=batch.prompt_of_row.device))
+    found: list[Tensor] = []
+    with _arithmetic(policy):
+        for shares in (True, False):
+            states = predicting_states(policy.causal_lm, few, shares=shares)
+            found.append(_read_out(policy.causal_lm, states, few, temperature=1.0).logprobs[few.completion_mask])
+    difference = float((found[0] - found[1]).abs().mean())
+    if not math.isfinite(difference):
+        policy.shares_prompts = None  # what is not finite has a report of its own; the next step tries again
+        return None
+    if difference <= PROBE_TOLERANCE.get(policy.compute_dtype, ROUNDED_TOLERANCE):
+        return None
+    policy.shares_prompts = False
+    return f"with shared prompts its log-probabilities differ by {difference:.2g} nats"
+
+
 def policy_pass(
     policy: Policy,
     batch: MicroBatch,
@@ -55,7 +86,7 @@ def policy_pass(
     """The policy's log-probabilities, with gradient where it is enabled. Args: replay: made anew where None."""
     replay = replay or replay_of(batch, params)
     with _arithmetic(policy):
-        states = predicting_states(policy.causal_lm, batch)  # [B, T, H]
+        states = predicting_states(policy.causal_lm, batch, shares=policy.shares_prompts)  # [B, T, H]
     return _read_out(
         policy.causal_lm,
         states,
@@ -70,7 +101,7 @@ def reference_logprobs(policy: Policy, batch: MicroBatch, params: SamplingParams
     """[B, T] the frozen reference's log-probabilities under logits / temperature."""
     with policy.reference() as reference:
         with _arithmetic(policy):
-            states = predicting_states(reference, batch)  # [B, T, H]
+            states = predicting_states(reference, batch, shares=policy.shares_prompts)  # [B, T, H]
         return _read_out(reference, states, batch, temperature=params.temperature).plain_logprobs
 
 

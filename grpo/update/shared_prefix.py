@@ -24,10 +24,15 @@ PLAIN_ATTENTION_SCORES = 32 * 2**20
 """Attention scores of one layer that may be held whole on a CPU: 128 MiB in float32, kept for the backward pass."""
 
 
-def predicting_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
-    """[B, T, H] the hidden state before each completion token; arbitrary where the completion mask is 0."""
+def predicting_states(model: PreTrainedModel, batch: MicroBatch, *, shares: bool | None = None) -> Tensor:
+    """[B, T, H] the hidden state before each completion token; arbitrary where the completion mask is 0.
+
+    Args:
+        shares: compute a prompt once for its completions; None: where the model's cache allows it.
+    """
+    shares = can_share_prompts(model) if shares is None else shares
     with _fastest_attention(model, batch):
-        return _shared(model, batch) if can_share_prompts(model) else whole_row_states(model, batch)
+        return _shared(model, batch) if shares else whole_row_states(model, batch)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,13 +22,15 @@ from grpo.runtime.policy import Policy, dropout_off
 from grpo.update.beta import BetaController
 from grpo.update.combination import gradient_cosines
 from grpo.update.entropy import EntropyBonus
-from grpo.update.forward import replay_of
+from grpo.update.forward import replay_of, try_prompt_sharing
 from grpo.update.gradients import GradientWindow
 from grpo.update.host_memory import PinnedHost
 from grpo.update.non_finite import NOWHERE, first_non_finite_module
 from grpo.update.out_of_memory import Shortage, cause_of, halved_budget, is_out_of_memory
 from grpo.update.statistics import WindowStatistics
 from grpo.update.window_loss import MicroBatchWork, Weighing, WindowLoss
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +151,7 @@ class Updater:
         grad_norm: float | None = None
         skipped: NonFiniteStep | None = None
         with dropout_off(self.policy.model):
+            self._try_prompt_sharing(work)
             for iteration in range(self._update.iterations):
                 announce("backward")
                 weighing = self._weighing(num_tokens, num_rows)
@@ -188,6 +192,21 @@ class Updater:
             shortage=self._shortage,
             micro_batch_tokens=self.micro_batch_tokens,
         )
+
+    def _try_prompt_sharing(self, work: Sequence[MicroBatchWork]) -> None:
+        """On the first batch of a run, before its windows."""
+        if self.policy.shares_prompts is not None or not work:
+            return
+        try:
+            obstacle = try_prompt_sharing(self.policy, work[0].batch)
+        except (RuntimeError, MemoryError) as exc:
+            if not is_out_of_memory(exc):
+                raise
+            self.policy.shares_prompts = None  # the window's own passes want more, and know what to do
+            return
+        if obstacle is not None:
+            name = type(self.policy.causal_lm).__name__
+            logger.warning("%s is given whole rows in the update, each with its prompt: %s", name, obstacle)
 
     def stand_still(self, *, step: int, steps: int) -> UpdateStats:
         """The figures of a step that takes no window: nothing changes, no controller observes anything."""

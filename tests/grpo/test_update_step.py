@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -216,16 +217,58 @@ def test_sharing_a_prompt_equals_whole_rows_in_value_and_gradient(tiny_model_dir
         assert float((shared_grad - rows_grad).norm() / rows_grad.norm()) < 1e-5
 
 
-def test_a_model_with_a_sliding_window_is_given_whole_rows() -> None:
+def sliding_window_model() -> MistralForCausalLM:
     config = MistralConfig(
-        vocab_size=50,
+        vocab_size=300,
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
+        num_key_value_heads=2,
         sliding_window=4,
     )
-    assert not can_share_prompts(MistralForCausalLM(config))
+    return MistralForCausalLM(config)
+
+
+def test_a_model_with_a_sliding_window_is_given_whole_rows_and_that_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    policy = Policy(sliding_window_model(), full_training(), seed=0)
+    assert not can_share_prompts(policy.causal_lm)
+    updater = make_updater(policy)
+    for _ in range(2):
+        updater.step(batch_of())
+    (line,) = [record.getMessage() for record in caplog.records if "whole rows" in record.getMessage()]
+    assert line.startswith("MistralForCausalLM is given whole rows")
+
+
+def test_a_model_that_reads_its_cache_otherwise_is_found_on_the_first_batch_and_given_whole_rows(
+    tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def learned(policy: Policy, *, breaks: bool) -> torch.Tensor:
+        """Args: breaks: positions begin anew after a cache, as in a model whose own code counts them so."""
+
+        def begin_anew(_: torch.nn.Module, __: tuple[()], inputs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+            cache = inputs.get("past_key_values") if breaks else None
+            if cache is not None and cache.get_seq_length() > 0:
+                inputs["position_ids"] = inputs["position_ids"] - cache.get_seq_length()
+            return (), inputs
+
+        with torch.no_grad():
+            for name, parameter in policy.causal_lm.named_parameters():
+                if name.endswith("base_layer.weight"):
+                    parameter.mul_(20)  # random weights are small, and look at no position
+        policy.causal_lm.base_model.register_forward_pre_hook(begin_anew, with_kwargs=True)
+        make_updater(policy).step(batch_of())
+        return torch.cat([parameter.detach().flatten() for parameter in policy.trainable_parameters().values()])
+
+    broken, sound = make_policy(tiny_model_dir), make_policy(tiny_model_dir)
+    in_rows = learned(broken, breaks=True)
+    (line,) = [record.getMessage() for record in caplog.records if "whole rows" in record.getMessage()]
+    assert "log-probabilities differ by" in line
+    assert (broken.shares_prompts, sound.shares_prompts) == (False, None)
+    torch.testing.assert_close(in_rows, learned(sound, breaks=False), rtol=0, atol=1e-5)
+    assert sound.shares_prompts
 
 
 def test_each_objective_pulls_its_own_rows_with_its_own_beta(tiny_model_dir: Path) -> None:
