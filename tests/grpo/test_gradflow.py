@@ -69,7 +69,7 @@ def test_every_kind_of_cut_is_found_and_placed(name: str) -> None:
         check_found(model, loss, place, kind)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_cuts_at_twenty_random_modules_are_all_found_and_placed(name: str, kind: str) -> None:
@@ -99,7 +99,7 @@ def test_harmless_cuts_raise_no_alarm() -> None:
             check_no_alarm(model, loss, place, "no_grad")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["no_grad", "detach"])
 def test_twenty_harmless_cuts_raise_no_alarm(kind: str) -> None:
     count = 0
