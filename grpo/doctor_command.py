@@ -24,7 +24,10 @@ def doctor(
     judges: Annotated[bool, typer.Option(help="Probe each judge, with a dozen calls that may cost money.")] = True,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that are going to be launched.")] = 1,
     watch: Annotated[
-        bool, typer.Option("--watch", help="RECIPE is a run directory: show its memory by phase until the run ends.")
+        bool,
+        typer.Option(
+            "--watch", help="RECIPE is a run directory: show its memory by phase, beside the plan, until the run ends."
+        ),
     ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the findings to this file.")] = None,
 ) -> None:
@@ -67,14 +70,16 @@ def _watch(run: str | None, json_file: Path | None) -> None:
 
     from grpo.diagnostics.watch import watch
     from grpo.diagnostics.watch_display import WatchDisplay
+    from grpo.diagnostics.watch_plan import planned_run
     from grpo.errors import ConfigError
     from grpo.runtime.machine import ThisMachine
 
     if run is None or not Path(run).expanduser().is_dir():
         raise ConfigError("--watch needs the directory of a run that is going on: grpo doctor --watch runs/mine")
-    last = None
-    with WatchDisplay(ThisMachine().facts()) as display:
-        for last in watch(Path(run).expanduser().absolute()):
+    run_dir, facts, last = Path(run).expanduser().absolute(), ThisMachine().facts(), None
+    planned = planned_run(run_dir, facts)
+    with WatchDisplay(facts, planned) as display:
+        for last in watch(run_dir):
             display.show(last)
     if json_file is not None and last is not None:
-        json_file.write_text(json.dumps(asdict(last), indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(asdict(last) | {"planned": asdict(planned)}, indent=1) + "\n", encoding="utf-8")

@@ -1,9 +1,13 @@
-"""A running job's memory, phase by phase, seen from another process: its process tree, and the cards that it is on."""
+"""A running job's memory, phase by phase, seen from another process: its process tree, and the cards that it is on.
+
+What each phase was planned to take stands beside it (`grpo.diagnostics.watch_plan`).
+"""
 
 from __future__ import annotations
 
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +21,8 @@ from grpo.runtime.machine import TOOL_TIMEOUT_S
 
 TIGHT = 0.9
 """Of what there is: above it, the next longer prompt may be the one that does not fit."""
+WELL_ABOVE = 1.25
+"""Times what was planned: above it the plan was made for other texts, or something else lies in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +32,10 @@ class Usage:
     host_bytes: int
     """Resident, of the process and all its children; pages that they share are counted in each."""
     device_bytes: int | None
-    """On all cards; None where no driver answers."""
+    """On the card of which it holds most: each card has to hold its own part. None where no driver answers, or where
+    the driver names none of the processes (a run on the CPU; another process namespace)."""
+    card: str = ""
+    """Which one that is, by its uuid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,18 +109,50 @@ def usage_of(pid: int) -> Usage | None:
             pids.add(process.pid)
         except psutil.NoSuchProcess:  # a worker that has just ended
             continue
-    return Usage(host_bytes=total, device_bytes=_device_bytes(pids)) if pids else None
+    if not pids:
+        return None
+    device_bytes, card = _on_fullest_card(pids)
+    return Usage(host_bytes=total, device_bytes=device_bytes, card=card)
 
 
-def hint(watched: Watched, *, host_bytes: int, device_bytes: int | None) -> str:
-    """What to do about the phase that holds most; "" where there is room. Args: what the machine has, or may use."""
+def hint(
+    watched: Watched, *, host_bytes: int, cards: Mapping[str, int], planned: Mapping[str, Usage] | None = None
+) -> str:
+    """What to do about the phase that holds most, or most more than planned; "" where there is nothing to do.
+
+    Args:
+        host_bytes: what the machine has, or may use.
+        cards: uuid -> what the card has.
+        planned: phase -> what it was planned to hold.
+    """
     for seen in sorted(watched.phases.values(), key=lambda one: one.peak.device_bytes or 0, reverse=True):
-        if device_bytes and (seen.peak.device_bytes or 0) > TIGHT * device_bytes:
-            return f"{seen.phase} fills the card to {seen.peak.device_bytes / device_bytes:.0%}: {_remedy(seen.phase)}"  # pyright: ignore[reportOptionalOperand]
+        held, has = seen.peak.device_bytes, cards.get(seen.peak.card)
+        if held is not None and has is not None and held > TIGHT * has:
+            return f"{seen.phase} fills the card to {held / has:.0%}: {_remedy(seen.phase)}"
     seen = max(watched.phases.values(), key=lambda one: one.peak.host_bytes)
     if seen.peak.host_bytes > TIGHT * host_bytes:
         return f"{seen.phase} fills host memory to {seen.peak.host_bytes / host_bytes:.0%}: {_remedy(seen.phase)}"
-    return ""
+    return _above_plan(watched, planned or {})
+
+
+def _above_plan(watched: Watched, planned: Mapping[str, Usage]) -> str:
+    """Against the largest plan of the phases so far: allocators keep what an earlier phase took, so that sampling
+    after an update holds what the update needed."""
+    plans = [planned[phase] for phase in watched.phases if phase in planned]
+    on_card = any(one.device_bytes is not None for one in plans)  # where the host's plan leaves out CUDA's libraries
+
+    def bytes_of(usage: Usage) -> int:
+        return (usage.device_bytes or 0) if on_card else usage.host_bytes
+
+    most = max(map(bytes_of, plans), default=0)
+    seen = max(watched.phases.values(), key=lambda one: bytes_of(one.peak))
+    if not most or bytes_of(seen.peak) <= WELL_ABOVE * most:
+        return ""
+    return (
+        f"{seen.phase} holds {bytes_of(seen.peak) / most:.1f} times the {'device' if on_card else 'host'} memory that "
+        "was planned: its texts are longer than the plan assumes (grpo plan RECIPE --prompt-tokens N), or the process "
+        "holds something of its own"
+    )
 
 
 def _remedy(phase: str) -> str:
@@ -125,19 +166,31 @@ def _remedy(phase: str) -> str:
 
 
 def _larger(first: Usage, second: Usage) -> Usage:
-    on_device = [one for one in (first.device_bytes, second.device_bytes) if one is not None]
+    """The larger of each."""
+    device = max(first, second, key=lambda one: -1 if one.device_bytes is None else one.device_bytes)
     return Usage(
-        host_bytes=max(first.host_bytes, second.host_bytes), device_bytes=max(on_device) if on_device else None
+        host_bytes=max(first.host_bytes, second.host_bytes), device_bytes=device.device_bytes, card=device.card
     )
 
 
-def _device_bytes(pids: set[int]) -> int | None:
-    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+def _on_fullest_card(pids: set[int]) -> tuple[int | None, str]:
+    command = ["nvidia-smi", "--query-compute-apps=gpu_uuid,pid,used_memory", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode != 0:
-        return None
-    rows = [line.split(",") for line in done.stdout.splitlines() if line.count(",") == 1]
-    return sum(int(used) << 20 for pid, used in rows if pid.strip().isdigit() and int(pid) in pids)
+        return None, ""
+    return fullest_card(done.stdout if done.returncode == 0 else "", pids)
+
+
+def fullest_card(listed: str, pids: set[int]) -> tuple[int | None, str]:
+    """(bytes, uuid) of the card of which these processes hold most; (None, "") where none of them is listed.
+
+    Args: listed: lines of `uuid, process id, MiB`, as nvidia-smi writes them.
+    """
+    held: Counter[str] = Counter()
+    for line in listed.splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) == 3 and cells[1].isdigit() and int(cells[1]) in pids and cells[2].isdigit():  # some say [N/A]
+            held[cells[0]] += int(cells[2]) << 20
+    card, most = next(iter(held.most_common(1)), ("", None))
+    return most, card

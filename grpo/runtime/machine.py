@@ -56,6 +56,8 @@ class Gpu:
     capability: tuple[int, int]
     total_bytes: int
     free_bytes: int
+    uuid: str = ""
+    """What the driver calls it, where processes are listed by card."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,16 +259,22 @@ def _import_folder(module: str) -> Path | None:
 
 def _driver_and_gpus() -> tuple[str | None, str | None, tuple[Gpu, ...]]:
     """(driver, the CUDA version it can run, its cards) by nvidia-smi, which needs no CUDA context."""
-    fields = "driver_version,name,compute_cap,memory.total,memory.free"
+    fields = "driver_version,name,compute_cap,memory.total,memory.free,uuid"
     listed = _output_of("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
     rows = [[cell.strip() for cell in line.split(",")] for line in listed.splitlines()]
-    rows = [row for row in rows if len(row) == 5]
+    rows = [row for row in rows if len(row) == 6]
     if not rows:
         return None, None, ()
     said = re.search(r"CUDA Version:\s*([\d.]+)", _output_of("nvidia-smi"))
     gpus = tuple(
-        Gpu(name=name, capability=_pair(capability), total_bytes=int(total) << 20, free_bytes=int(free) << 20)
-        for _, name, capability, total, free in rows
+        Gpu(
+            name=name,
+            capability=_pair(capability),
+            total_bytes=int(total) << 20,
+            free_bytes=int(free) << 20,
+            uuid=uuid,
+        )
+        for _, name, capability, total, free, uuid in rows
         if total.isdigit() and free.isdigit()  # some cards say [N/A]
     )
     return rows[0][0], said.group(1) if said else None, gpus

@@ -55,7 +55,7 @@ def _memory(facts: MachineFacts) -> Finding:
 
 def _plan(facts: MachineFacts, config: RunConfig) -> Finding:
     """What `grpo plan` says, for the room that there is now."""
-    hardware = _room(facts, config)
+    hardware = room(facts, config)
     try:
         planned = plan(config, hardware)
     except InputError as exc:
@@ -98,8 +98,8 @@ def _plan(facts: MachineFacts, config: RunConfig) -> Finding:
     )
 
 
-def _room(facts: MachineFacts, config: RunConfig) -> Hardware:
-    """What a run on this machine may take: of the fullest card, or of the host."""
+def room(facts: MachineFacts, config: RunConfig) -> Hardware:
+    """What a run on this machine may still take: of the fullest card, or of the host."""
     if facts.gpus and facts.torch_cuda is not None and config.device != "cpu":
         card = min(facts.gpus, key=lambda gpu: gpu.free_bytes)
         return Hardware(
