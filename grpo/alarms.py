@@ -153,12 +153,14 @@ def learning_rate_alarms(trainable: TrainableConfig, optim: OptimConfig) -> list
         return []
     kind, other = ("full training", "LoRA") if is_full else ("LoRA", "full training")
     is_low = optim.learning_rate < low
+    others_low, others_high = LORA_RATES if is_full else FULL_RATES
+    usual = f", and usual for {other}" if others_low <= optim.learning_rate <= others_high else ""
     meaning = "nothing may be learned" if is_low else "the policy may fall apart within a few steps"
     return [
         Alarm(
             name="learning rate",
             text=f"learning rate: optim.learning_rate = {optim.learning_rate:g} is {'low' if is_low else 'high'} for "
-            f"{kind}, and usual for {other}: {meaning}. {low:g} to {high:g} is where {kind} is mostly done",
+            f"{kind}{usual}: {meaning}. {low:g} to {high:g} is where {kind} is mostly done",
         )
     ]
 
@@ -202,11 +204,11 @@ def _of_an_objective(objective: str) -> list[_Watch]:
     return [
         _Watch(
             name=f"no signal of {objective}",
-            patience=10,  # an objective may have one group a step, and easy prompts are all right five times by chance
+            patience=10,  # an objective may have one group a step, and easy prompts are all right a few times by chance
             is_met=lambda row: _alone_is_flat(row, objective),
-            text="every completion of a group has had the same score, in every group that this objective scored{since}, "
-            "so it teaches nothing. All are right, all are wrong, or the reward does not see what differs: look at "
-            "completions.jsonl",
+            text="every completion of a group has had the same score, in every group that this objective scored"
+            "{since}, so it teaches nothing. All are right, all are wrong, or the reward does not see what differs: "
+            "look at completions.jsonl",
         ),
         _Watch(
             name=f"one-token completions of {objective}",

@@ -122,6 +122,11 @@ class Trainer:
             RunStopped: the run could not go on; every step that it finished is in its last checkpoint.
         """
         config, directory, ranks = self.config, self._directory, self._ranks
+        if config.alarms == "stop":  # before anything is loaded or written; else `_run` warns of it
+            self._heed(
+                learning_rate_alarms(config.trainable, config.optim),
+                note="No step was taken. With alarms=warn it is trained all the same",
+            )
         so_far = ranks.on_main(lambda: directory.check_resumable(config)) if resume else None
         with ExitStack() as at_end:
             at_end.callback(directory.unlock)
@@ -274,8 +279,11 @@ class Trainer:
             needs_evaluation = config.eval.after and "after" not in held_out.read()
             if done == config.steps and needs_evaluation and not self._ranks.any(interrupted.is_set()):
                 held_out.evaluate("after", before)
-                for alarm in unmoved(held_out.read()) if before is not None else []:
-                    self._warn(alarm.text)
+                if before is not None:
+                    note = (
+                        f"All {done} steps, checkpoint and eval.json are saved; grpo report {directory.path} shows them"
+                    )
+                    self._heed(unmoved(held_out.read()), note=note)
                 needs_evaluation = False
         return RunResult(
             run_dir=directory.path,
@@ -284,10 +292,13 @@ class Trainer:
             was_interrupted=done < config.steps or needs_evaluation,
         )
 
-    def _heed(self, alarms: Sequence[Alarm]) -> None:
-        """Raises TooAlarming where the recipe says `alarms: stop`."""
+    def _heed(self, alarms: Sequence[Alarm], *, note: str | None = None) -> None:
+        """Raises TooAlarming where the recipe says `alarms: stop`. Args: note: what is left then."""
         if alarms and self.config.alarms == "stop":
-            raise TooAlarming("; ".join(alarm.text for alarm in alarms))
+            error = TooAlarming("; ".join(alarm.text for alarm in alarms))
+            if note is not None:
+                error.add_note(note)
+            raise error
         for alarm in alarms:
             self._warn(alarm.text)
 

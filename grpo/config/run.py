@@ -112,8 +112,9 @@ class RunConfig(StrictModel):
     """Where the figures of metrics.jsonl are shown besides."""
     alarms: Literal["warn", "stop"] = "warn"
     """What follows where the run's own figures are alarming (`grpo.alarms`): a KL or gradient of exactly 0, one-token
-    or truncated completions, no difference within any group, missing verdicts, an engine that disagrees. stop: with
-    a checkpoint."""
+    or truncated completions, no difference within any group of an objective, missing verdicts, an engine that
+    disagrees: stop ends the run with a checkpoint. A learning rate for another kind of training: before the first step.
+    An evaluation that did not move: after it, with everything saved."""
     base_dir: Path
     """Folder of the recipe, against which relative paths are resolved. Set by the loader."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def runs(
 
 def test_a_run_that_learns_nothing_is_stopped_where_the_recipe_says_so_with_a_checkpoint(runs: Runs) -> None:
     with pytest.raises(TooAlarming, match=r"no gradient, step 3: .* for 3 steps"):
-        runs.run("stopped", steps=8, objectives=NO_SIGNAL, alarms="stop")
+        runs.run("stopped", steps=8, objectives=NO_SIGNAL, alarms="stop", optim={"learning_rate": 1e-3})
     (checkpoint,) = list_checkpoints(runs.folder / "stopped")
     assert checkpoint.step == 3
     assert len(metrics_of(runs.folder / "stopped")) == 3
@@ -49,3 +50,30 @@ def test_a_learning_rate_of_the_other_kind_and_an_evaluation_that_did_not_move_a
     evaluation = {"before": True, "after": True, "num_prompts": 2}
     runs.run("still", steps=1, observer=notebook, optim={"learning_rate": 1e-9}, eval=evaluation)
     assert [warning.split(":")[0] for warning in notebook.warnings] == ["learning rate", "evaluation unmoved"]
+
+
+def test_where_the_recipe_says_stop_a_learning_rate_of_the_other_kind_ends_the_run_before_anything_is_written(
+    runs: Runs,
+) -> None:
+    recipe = runs.write_recipe("unbegun", alarms="stop", optim={"learning_rate": 1e-9})
+    code, _, stderr = runs.command("train", str(recipe))
+    assert code == 1
+    assert stderr.startswith("error: learning rate: optim.learning_rate = 1e-09 is low for LoRA")
+    assert "No step was taken" in stderr
+    assert not (runs.folder / "unbegun").exists()
+    code, _, stderr = runs.command("train", str(recipe), "optim.learning_rate=1e-3", "steps=1")
+    assert code == 0, stderr
+
+
+def test_where_the_recipe_says_stop_an_evaluation_that_did_not_move_ends_a_run_that_is_whole(runs: Runs) -> None:
+    evaluation = {"before": True, "after": True, "num_prompts": 2}
+    changes = {"alarms": "stop", "steps": 2, "optim": {"learning_rate": 1e-5}, "eval": evaluation}
+    code, _, stderr = runs.command("train", str(runs.write_recipe("still", **changes)))
+    run_dir = runs.folder / "still"
+    assert code == 1
+    assert stderr.startswith("error: evaluation unmoved: all 4 held-out answers are word for word")
+    assert "All 2 steps, checkpoint and eval.json are saved" in stderr
+    assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [2]
+    assert {"before", "after", "difference"} <= json.loads((run_dir / "eval.json").read_text()).keys()
+    code, _, stderr = runs.command("train", str(run_dir), "--resume")  # nothing is left to do
+    assert code == 0, stderr
