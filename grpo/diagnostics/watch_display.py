@@ -1,4 +1,4 @@
-"""The watch as a table that is drawn anew with every look. Imports no torch."""
+"""The watch as a table that is drawn anew with every look."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each phase of a running job was planned to hold, by the phases' names at run time. Imports no torch."""
+"""What each phase of a running job was planned to hold, by the phases' names at run time."""
 
 from __future__ import annotations
 

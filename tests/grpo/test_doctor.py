@@ -308,3 +308,19 @@ def test_a_recipe_that_does_not_fit_this_card_or_this_container_is_refused_with_
     container = presented(limit_bytes=600 << 20, limit_used_bytes=0, host_bytes=1 << 30)
     (finding,) = look(path, tmp_path, container)
     assert "ended with signal 9" in finding.meaning
+
+
+def test_the_disk_must_hold_the_checkpoints_that_are_kept_and_one_more(tmp_path: Path, tiny_model_dir: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n')
+    path = write(tmp_path, tiny_model_dir, trainable={"type": "lora", "rank": 16}, checkpoint={"keep": 4})
+    # inputs and outputs of a layer's linear maps: 64 + 48 + 48 + 64 for attention, 3 x 96 for the rest; two layers
+    adapter = 2 * 16 * (64 + 48 + 48 + 64 + 3 * 96)
+    one = 3 * 4 * adapter + 256 * 320 + 2**18  # weights and both moments, tokenizer, the small files
+    assert look(path, tmp_path, PresentedMachine(free_disk=5 * one)) == []
+    (finding,) = look(path, tmp_path, PresentedMachine(free_disk=5 * one - 1))
+    assert (finding.check, finding.status) == ("disk", "failed")
+    assert "5 more checkpoints of 1 MiB" in finding.what
+    assert "checkpoint.keep" in finding.remedy
+    (tmp_path / "run" / "checkpoints" / "step-1").mkdir(parents=True)  # one of them is there
+    assert look(path, tmp_path, PresentedMachine(free_disk=4 * one)) == []

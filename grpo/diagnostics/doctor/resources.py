@@ -6,15 +6,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from grpo.checkpoint import list_checkpoints
 from grpo.config import RunConfig
 from grpo.diagnostics.findings import Finding
+from grpo.diagnostics.memory_tables import amount
 from grpo.errors import InputError
 from grpo.runtime.machine import BFLOAT16_CAPABILITY, Machine, MachineFacts
-from grpo.runtime.memory import Hardware, hardware_named, plan
+from grpo.runtime.memory import DEFAULT_PROMPT_TOKENS, Hardware, hardware_named, plan
+from grpo.runtime.memory_model import read_shape
+from grpo.runtime.memory_terms import FULL, Terms, largest_micro_batch
 
 LEAST_SHARED_MEMORY = 1 << 30
 """NCCL and vLLM's workers pass tensors through it; a container's default of 64 MiB ends them with a bus error."""
 LEAST_DISK = 1 << 30
+"""Where there is no recipe whose checkpoints could be counted."""
 LAUNCH_PORT = 29_500
 """On which accelerate's and torch's launchers meet, unless told otherwise."""
 
@@ -24,7 +29,7 @@ def check_resources(
 ) -> Iterator[Finding]:
     """Every finding about room. Args: ranks: processes that are going to be launched."""
     yield _memory(facts)
-    yield _disk(machine, config.output_dir if config else Path.cwd())
+    yield _disk(machine, config)
     if config is not None:
         yield _plan(facts, config)
     needs_shared = ranks > 1 or (config is not None and config.rollout.engine.type != "transformers")
@@ -117,18 +122,42 @@ def _host_room(facts: MachineFacts) -> int:
     return min(facts.available_bytes, facts.limit_bytes - (facts.limit_used_bytes or 0))
 
 
-def _disk(machine: Machine, folder: Path) -> Finding:
+def _disk(machine: Machine, config: RunConfig | None) -> Finding:
+    """Room for the checkpoints that are kept and the one that is written before the oldest goes."""
+    folder = config.output_dir if config else Path.cwd()
     free = machine.free_disk_bytes(folder)
-    what = f"{gib(free)} GiB free for {folder}"
-    if free >= LEAST_DISK:
-        return Finding(check="disk", status="ok", what=what)
+    what, needed, figures = f"{gib(free)} GiB free for {folder}", LEAST_DISK, {}
+    each = checkpoint_bytes(config) if config else None
+    if config is not None and each is not None:
+        count = max(config.checkpoint.keep + 1 - len(list_checkpoints(folder)), 1)
+        needed, figures = count * each, {"checkpoint_bytes": each, "needed_bytes": count * each}
+        what = f"{what}; {count} more checkpoints of {amount(each)} at most take {amount(needed)}"
+    if free >= needed:
+        return Finding(check="disk", status="ok", what=what, figures=figures)
     return Finding(
         check="disk",
         status="failed",
         what=what,
         meaning="checkpoints and completions.jsonl may not fit",
-        remedy="make room, or set output_dir to another disk",
+        remedy="make room, or set output_dir to another disk"
+        + (", or a smaller checkpoint.keep" if each is not None and config and config.checkpoint.keep > 1 else ""),
+        figures=figures,
     )
+
+
+def checkpoint_bytes(config: RunConfig) -> int | None:
+    """What a checkpoint will take at most, by the formula of `grpo.checkpoint.checkpoint_bytes`, from the model's sizes
+    alone; None where they cannot be had, which the plan's row tells."""
+    try:
+        shape = read_shape(config.model, config.base_dir)
+        rows = largest_micro_batch(config, DEFAULT_PROMPT_TOKENS)  # on which no size that is read here depends
+        terms = Terms(shape=shape, config=config, rows=rows, width=FULL, is_cpu=True)
+        learning = FULL * terms.learning
+    except InputError:
+        return None
+    weights = FULL * shape.parameters if terms.is_full else learning
+    copies = 3 if config.warmup is not None else 2  # both moments, and the reference that a warm-up left
+    return weights + copies * learning + 256 * shape.vocabulary + (1 << 18)
 
 
 def _shared_memory(free: int, *, is_needed: bool) -> Finding:
