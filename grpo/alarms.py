@@ -36,7 +36,12 @@ class Alarm:
 
     name: str
     text: str
-    """What was seen, what it means, what to run or change."""
+    """What was seen, what it means, what to change, and the command that says more."""
+
+
+def _alarm(name: str, seen: str, *, check: str, at: str = "") -> Alarm:
+    """Args: check: command, and in brackets the rows of what it shows; at: which step it was."""
+    return Alarm(name=name, text=f"{name}{at}: {seen}. Check: {check}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +54,7 @@ class _Watch:
     is_met: Callable[[Row], bool | None]
     """None: the row does not say (a skipped step, an objective without prompts), and the count stays."""
     text: str
+    check: str
 
 
 class Alarms:
@@ -68,8 +74,8 @@ class Alarms:
             count = self._in_a_row[watch.name] = self._in_a_row[watch.name] + 1 if met else 0
             if count == watch.patience:
                 since = f" for {count} steps" if count > 1 else ""
-                text = f"{watch.name}, step {row[names.STEP]}: {watch.text.format(since=since)}"
-                found.append(Alarm(name=watch.name, text=text))
+                at = f", step {row[names.STEP]}"
+                found.append(_alarm(watch.name, watch.text.format(since=since), check=watch.check, at=at))
         return found
 
 
@@ -86,10 +92,11 @@ def unmoved(evaluation: Mapping[str, object]) -> list[Alarm]:
     if any(first["completion"] != second["completion"] for first, second in pairs):
         return _unmoved_scores(pairs)
     return [
-        Alarm(
-            name="evaluation unmoved",
-            text=f"evaluation unmoved: all {len(pairs)} held-out answers are word for word those before training. The "
-            "weights that answer are not those that learned, or none learned: grpo verify RECIPE",
+        _alarm(
+            "evaluation unmoved",
+            f"all {len(pairs)} held-out answers are word for word those before training. The weights that answer are "
+            "not those that learned, or none learned",
+            check="grpo verify RECIPE (gradient flow, it learns, engine and trainer)",
         )
     ]
 
@@ -106,12 +113,12 @@ def _unmoved_scores(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
             continue
         mean = sum(first["scores"][objective] for first, _ in own) / len(own)
         found.append(
-            Alarm(
-                name=f"evaluation of {objective} unmoved",
-                text=f"evaluation of {objective} unmoved: all {len(own)} held-out scores are what they were before "
-                f"training (mean {mean:.3f}), though {len(changed)} answers are others. The reward does not see what "
-                "changed, or can read none of the answers: look at the examples in eval.json, and at the row signal "
-                "of grpo verify RECIPE",
+            _alarm(
+                f"evaluation of {objective} unmoved",
+                f"all {len(own)} held-out scores are what they were before training (mean {mean:.3f}), though "
+                f"{len(changed)} answers are others. The reward does not see what changed, or can read none of the "
+                "answers: look at the examples in eval.json",
+                check="grpo verify RECIPE (signal)",
             )
         )
     return found
@@ -157,10 +164,11 @@ def learning_rate_alarms(trainable: TrainableConfig, optim: OptimConfig) -> list
     usual = f", and usual for {other}" if others_low <= optim.learning_rate <= others_high else ""
     meaning = "nothing may be learned" if is_low else "the policy may fall apart within a few steps"
     return [
-        Alarm(
-            name="learning rate",
-            text=f"learning rate: optim.learning_rate = {optim.learning_rate:g} is {'low' if is_low else 'high'} for "
+        _alarm(
+            "learning rate",
+            f"optim.learning_rate = {optim.learning_rate:g} is {'low' if is_low else 'high'} for "
             f"{kind}{usual}: {meaning}. {low:g} to {high:g} is where {kind} is mostly done",
+            check="grpo verify RECIPE (it learns)",
         )
     ]
 
@@ -172,14 +180,16 @@ def _of_the_run(objectives: Sequence[str]) -> list[_Watch]:
             patience=3,
             is_met=lambda row: _unless_skipped(row, lambda: row.get(names.GRAD_NORM) == 0),
             text="the gradient's norm has been exactly 0{since}. Every group may be without differences (see "
-            "groups/zero_variance_frac), or the graph is cut: grpo verify RECIPE names the module",
+            "groups/zero_variance_frac), or the graph is cut",
+            check="grpo verify RECIPE (gradient flow, accumulation, signal)",
         ),
         _Watch(
             name="no KL",
             patience=5,
             is_met=lambda row: _unless_skipped(row, lambda: _kl_is_zero(row, objectives)),
             text="the KL of every objective has been 0.000{since}, so the policy is its reference: gradients do not "
-            "reach it, or are zeroed or overwritten before the optimizer: grpo verify RECIPE (accumulation, it learns)",
+            "reach it, or are zeroed or overwritten before the optimizer",
+            check="grpo verify RECIPE (accumulation, it learns)",
         ),
         _Watch(
             name="no signal",
@@ -188,14 +198,16 @@ def _of_the_run(objectives: Sequence[str]) -> list[_Watch]:
             text="every completion of a group has had the same score, in every group{since}, so there is nothing to "
             "learn from: easier or harder prompts, a larger rollout.group_size, a higher rollout.temperature, or a "
             "reward with more than two values",
+            check="grpo verify RECIPE (signal)",
         ),
         _Watch(
             name="sampler ratio",
             patience=1,
             is_met=lambda row: _above(row.get(names.SAMPLER_RATIO_P99), MAX_SAMPLER_RATIO),
             text="one token in a hundred has probabilities in engine and trainer that differ by a factor of more than "
-            f"{MAX_SAMPLER_RATIO:g} (sampler/ratio_p99): grpo verify RECIPE compares them, dtype=float32 tells "
-            "rounding from a defect, update.correction bounds its effect",
+            f"{MAX_SAMPLER_RATIO:g} (sampler/ratio_p99): dtype=float32 tells rounding from a defect, "
+            "update.correction bounds its effect",
+            check="grpo verify RECIPE (engine and trainer)",
         ),
     ]
 
@@ -209,6 +221,7 @@ def _of_an_objective(objective: str) -> list[_Watch]:
             text="every completion of a group has had the same score, in every group that this objective scored"
             "{since}, so it teaches nothing. All are right, all are wrong, or the reward does not see what differs: "
             "look at completions.jsonl",
+            check="grpo verify RECIPE (signal)",
         ),
         _Watch(
             name=f"one-token completions of {objective}",
@@ -216,6 +229,7 @@ def _of_an_objective(objective: str) -> list[_Watch]:
             is_met=lambda row: _at_most(row.get(names.length_mean_name(objective)), SHORT_LENGTH),
             text="the mean completion has been no longer than its end token{since}: the policy has found that saying "
             "nothing pays. Look at completions.jsonl; a reward must score an empty answer as wrong",
+            check="grpo verify RECIPE (accumulation, signal)",
         ),
         _Watch(
             name=f"truncated completions of {objective}",
@@ -223,6 +237,7 @@ def _of_an_objective(objective: str) -> list[_Watch]:
             is_met=lambda row: _at_least(row.get(names.truncated_frac_name(objective)), MOST_TRUNCATED),
             text=f"at least {MOST_TRUNCATED:.0%} of the completions have been cut at rollout.max_new_tokens{{since}}: "
             "raise it, or see whether the end tokens are the chat template's (the first lines of the run name them)",
+            check="grpo doctor RECIPE (end tokens), grpo verify RECIPE (engine and trainer)",
         ),
         _Watch(
             name=f"unscored completions of {objective}",
@@ -230,6 +245,7 @@ def _of_an_objective(objective: str) -> list[_Watch]:
             is_met=lambda row: _above(row.get(names.unscored_frac_name(objective)), MOST_UNSCORED),
             text=f"more than {MOST_UNSCORED:.0%} of the completions have had no verdict{{since}}; "
             "judge_audit.jsonl says why each failed",
+            check="grpo doctor RECIPE (judges), grpo verify RECIPE (signal)",
         ),
     ]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 
-from grpo.alarms import Alarms, learning_rate_alarms, still_metric, unmoved
+from grpo.alarms import Alarm, Alarms, learning_rate_alarms, still_metric, unmoved
 from grpo.config import FullTrainable, LoraTrainable, OptimConfig
+from grpo.diagnostics.checks import accumulation, agreement, gradient, learning, numbers, scope, signal
 
 HEALTHY: dict[str, float] = {
     "grad_norm": 0.3,
@@ -35,23 +37,24 @@ def heard(
     return [(int(row["step"] or 0), alarm.name) for row in rows for alarm in alarms.observe(row)]
 
 
+ALARMING: list[tuple[dict[str, float], tuple[int, str]]] = [
+    ({"grad_norm": 0.0}, (3, "no gradient")),
+    ({"kl/fair": 0.0, "kl/true": 0.0}, (5, "no KL")),
+    ({"groups/zero_variance_frac": 1.0}, (5, "no signal")),
+    ({"groups/zero_variance_frac": 0.5, "groups/true/zero_variance_frac": 1.0}, (10, "no signal of true")),
+    ({"sampler/ratio_p99": 2.5}, (1, "sampler ratio")),
+    ({"completion/true/length_mean": 1.0}, (3, "one-token completions of true")),
+    ({"completion/fair/truncated_frac": 0.95}, (5, "truncated completions of fair")),
+    ({"reward/fair/unscored_frac": 0.3}, (3, "unscored completions of fair")),
+]
+"""Changes to a healthy row -> the step and name of the alarm that comes of them."""
+
+
 def test_a_healthy_run_hears_nothing() -> None:
     assert heard(Alarms(["fair", "true"]), 100) == []
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"grad_norm": 0.0}, (3, "no gradient")),
-        ({"kl/fair": 0.0, "kl/true": 0.0}, (5, "no KL")),
-        ({"groups/zero_variance_frac": 1.0}, (5, "no signal")),
-        ({"groups/zero_variance_frac": 0.5, "groups/true/zero_variance_frac": 1.0}, (10, "no signal of true")),
-        ({"sampler/ratio_p99": 2.5}, (1, "sampler ratio")),
-        ({"completion/true/length_mean": 1.0}, (3, "one-token completions of true")),
-        ({"completion/fair/truncated_frac": 0.95}, (5, "truncated completions of fair")),
-        ({"reward/fair/unscored_frac": 0.3}, (3, "unscored completions of fair")),
-    ],
-)
+@pytest.mark.parametrize(("changes", "expected"), ALARMING)
 def test_each_condition_is_told_once_after_so_many_steps_in_a_row(
     changes: dict[str, float], expected: tuple[int, str]
 ) -> None:
@@ -95,7 +98,35 @@ def test_an_alarm_says_what_was_seen_for_how_long_and_what_to_run() -> None:
     rows: list[dict[str, Any]] = [{"step": step, **HEALTHY, "kl/fair": 0.0} for step in range(1, 6)]
     (alarm,) = [alarm for row in rows for alarm in alarms.observe(row)]
     assert alarm.text.startswith("no KL, step 5: the KL of every objective has been 0.000 for 5 steps")
-    assert "grpo verify RECIPE" in alarm.text
+    assert alarm.text.endswith(". Check: grpo verify RECIPE (accumulation, it learns)")
+
+
+def every_alarm() -> Iterator[Alarm]:
+    """One of each kind."""
+    for changes, (steps, _) in ALARMING:
+        alarms = Alarms(["fair", "true"])
+        yield from (
+            alarm for step in range(1, steps + 1) for alarm in alarms.observe({"step": step, **HEALTHY, **changes})
+        )
+    yield from learning_rate_alarms(LoraTrainable(), OptimConfig(learning_rate=1.0))
+    before = [entry(number, "Anna") for number in range(8)]
+    yield from unmoved({"answers": {"before": before, "after": before}})
+    yield from unmoved({"answers": {"before": before, "after": [entry(number, "Omar") for number in range(8)]}})
+
+
+def test_every_alarm_says_which_rows_of_which_check_to_look_at() -> None:
+    verify = (accumulation, agreement, gradient, learning, numbers, scope, signal)
+    rows = {"verify": {check.CHECK for check in verify}, "doctor": {"end tokens", "judges"}}
+    found = list(every_alarm())
+    watches = Alarms(["fair"])._watches
+    assert {watch.name.removesuffix(" of fair") for watch in watches} <= {
+        alarm.name.removesuffix(" of fair").removesuffix(" of true") for alarm in found
+    }
+    for alarm in found:
+        _, _, checks = alarm.text.partition(". Check: ")
+        named = re.findall(r"grpo (verify|doctor) RECIPE \((.+?)\)", checks)
+        assert ", ".join(f"grpo {command} RECIPE ({listed})" for command, listed in named) == checks != "", alarm
+        assert all(set(listed.split(", ")) <= rows[command] for command, listed in named), alarm
 
 
 @pytest.mark.parametrize(
