@@ -324,3 +324,21 @@ def test_the_disk_must_hold_the_checkpoints_that_are_kept_and_one_more(tmp_path:
     assert "checkpoint.keep" in finding.remedy
     (tmp_path / "run" / "checkpoints" / "step-1").mkdir(parents=True)  # one of them is there
     assert look(path, tmp_path, PresentedMachine(free_disk=4 * one)) == []
+
+
+def test_the_judges_cost_is_told_for_a_step_and_for_the_run(tmp_path: Path, tiny_model_dir: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n')
+
+    def row(**endpoint: Any) -> Finding:
+        params = {"endpoint": {"url": "https://judge.example/v1", "model": "m", **endpoint}, "rubric": "fairness"}
+        objective = {"rewards": [{"name": "judged", "params": params}], "beta": {"type": "fixed", "value": 0.1}}
+        path = write(tmp_path, tiny_model_dir, objectives={"short": objective}, steps=50, rollout={"group_size": 4})
+        found = examine(PresentedMachine(), load_recipe(str(path), []), asks_judges=False, working_dir=tmp_path)
+        return next(one for one in found if one.check == "judge cost")
+
+    # four completions a step, each answered by the 100 tokens that are assumed, at 10 for a million: 0.001 a call
+    assert row(price={"input": 0, "output": 10}).what.startswith(
+        "4 calls a step, 200 over the run; about 0.004 a step, 0.2 in all; "
+    )
+    assert row().what.startswith("4 calls a step, 200 over the run; no prices are given; ")

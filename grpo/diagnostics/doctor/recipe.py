@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -211,9 +212,16 @@ def _cost(config: RunConfig) -> Iterator[Finding]:
             remedy="put right what is said above; then: grpo judge plan RECIPE",
         )
         return
-    run = plan["run"]
-    money = "no prices are given" if run["cost"] is None else f"about {run['cost']:.4g} in all"
-    what = f"{run['calls']:,.0f} calls over the run, {money}, {run['minutes']:.0f} minutes if nothing hides them"
+    run, of_a_step = plan["run"], [entry for entry in plan["judges"] if entry["purpose"] == "train"]
+    step_calls = math.fsum(entry["calls"] for entry in of_a_step)
+    what = f"{step_calls:,.0f} calls a step, {run['calls']:,.0f} over the run"
+    figures = {**run, "step_calls": step_calls, "step_cost": None}
+    if run["cost"] is None:
+        what = f"{what}; no prices are given"
+    else:
+        figures["step_cost"] = math.fsum(entry["cost"] for entry in of_a_step)
+        what = f"{what}; about {figures['step_cost']:.4g} a step, {run['cost']:.4g} in all"
+    what = f"{what}; {run['minutes']:.0f} minutes if nothing hides them"
     if plan["warnings"]:
         yield Finding(
             check="judge cost",
@@ -223,7 +231,7 @@ def _cost(config: RunConfig) -> Iterator[Finding]:
             remedy="grpo judge plan RECIPE shows which limit it is",
         )
     else:
-        yield Finding(check="judge cost", status="ok", what=what, figures=dict(run))
+        yield Finding(check="judge cost", status="ok", what=what, figures=figures)
 
 
 def _with_length(assumed: Assumptions, completion_tokens: int) -> Assumptions:
