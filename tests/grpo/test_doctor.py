@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -342,3 +344,37 @@ def test_the_judges_cost_is_told_for_a_step_and_for_the_run(tmp_path: Path, tiny
         "4 calls a step, 200 over the run; about 0.004 a step, 0.2 in all; "
     )
     assert row().what.startswith("4 calls a step, 200 over the run; no prices are given; ")
+
+
+def test_flash_attention_that_a_recipe_asks_for_has_to_be_there(tmp_path: Path, tiny_model_dir: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n')
+    path = write(tmp_path, tiny_model_dir, attention="flash_attention_2")
+    (finding,) = look(path, tmp_path)
+    assert (finding.check, finding.status) == ("attention", "failed")
+    assert "flash-attn is not installed" in finding.what
+    assert "scripts/install_flash_attn.sh" in finding.remedy
+    flash = Package(version="2.8.0", folder=SITE / "flash_attn", home=SITE / "flash_attn")
+    packages = {**HEALTHY.packages, "flash-attn": flash}
+    assert look(path, tmp_path, presented(packages=packages)) == []
+    older = presented(packages=packages, gpus=(replace(A100, capability=(7, 5)),), torch_archs=("sm_75",))
+    assert [one.what for one in look(path, tmp_path, older) if one.check == "attention"] == [
+        "attention is flash_attention_2, but it needs compute capability 8.0, which NVIDIA A100-PCIE-40GB has not"
+    ]
+    write(tmp_path, tiny_model_dir, attention="auto")
+    assert look(path, tmp_path) == []
+
+
+def test_every_terminator_is_listed_wherever_it_is_named(tmp_path: Path, tiny_model_dir: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n')
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    # the tokenizer's end of sequence is 2, <|im_end|>, which the chat template writes after each turn, too
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    path = write(tmp_path, model, rollout={"end_tokens": ["<|im_start|>", 7]})
+    found = examine(PresentedMachine(), load_recipe(str(path), []), working_dir=tmp_path)
+    row = next(one for one in found if one.check == "end tokens")
+    assert row.status == "ok"
+    assert row.figures["ids"] == [0, 1, 2, 7]
+    assert row.what.startswith("a completion ends at any of 0 <|pad|>, 1 <|im_start|>, 2 <|im_end|>, 7 ")

@@ -27,5 +27,5 @@ def examine(
     facts = machine.facts()
     findings = [*check_installation(machine, facts), *check_resources(machine, facts, config, ranks=ranks)]
     if config is not None:
-        findings += check_recipe(machine, config, asks_judges=asks_judges, working_dir=working_dir)
+        findings += check_recipe(machine, facts, config, asks_judges=asks_judges, working_dir=working_dir)
     return findings

@@ -15,16 +15,19 @@ from grpo.judge_runs import Assumptions, FoundJudge, judges_of, plan_judges
 from grpo.objectives import check_objectives_of_prompts
 from grpo.prompts import open_prompts
 from grpo.rollout.engines import check_engine
-from grpo.runtime.machine import Machine
+from grpo.runtime.machine import Machine, MachineFacts
 from grpo.runtime.models import check_model, end_token_ids, load_generation_config, load_tokenizer
 from judges.errors import JudgeError
 from judges.opening import open_pool
 from judges.probes import ProbeReport, probe_judge
 
+FLASH_CAPABILITY = (8, 0)
 ASSUMED = Assumptions(latency_s=2.0, reply_tokens=100, completion_tokens=0)
 
 
-def check_recipe(machine: Machine, config: RunConfig, *, asks_judges: bool, working_dir: Path) -> Iterator[Finding]:
+def check_recipe(
+    machine: Machine, facts: MachineFacts, config: RunConfig, *, asks_judges: bool, working_dir: Path
+) -> Iterator[Finding]:
     """Every finding about a recipe.
 
     Args:
@@ -34,6 +37,7 @@ def check_recipe(machine: Machine, config: RunConfig, *, asks_judges: bool, work
     yield from _paths(config, working_dir)
     yield from _prompts(config)
     yield from _model(config)
+    yield from _attention(facts, config)
     yield from _engine(config)
     yield from _secrets(machine, config)
     yield from _judges(config, asks=asks_judges)
@@ -134,6 +138,32 @@ def _model(config: RunConfig) -> Iterator[Finding]:
         status="ok",
         what=f"a completion ends at any of {names} (tokenizer, generation config, chat template, recipe)",
         figures={"ids": list(ends)},
+    )
+
+
+def _attention(facts: MachineFacts, config: RunConfig) -> Iterator[Finding]:
+    """What `grpo.runtime.devices.choose_attention` would refuse when the model is loaded; auto takes what it can."""
+    if config.attention != "flash_attention_2":
+        return
+    obstacles: list[str] = []
+    if config.device == "cpu" or not facts.gpus or facts.torch_cuda is None:
+        obstacles.append("it runs on CUDA only, and the run would be on the CPU")
+    elif old := [gpu.name for gpu in facts.gpus if gpu.capability < FLASH_CAPABILITY]:
+        obstacles.append(f"it needs compute capability 8.0, which {', '.join(old)} has not")
+    if config.dtype == "float32":
+        obstacles.append("it multiplies 16-bit numbers only, and dtype is float32")
+    if "flash-attn" not in facts.packages:
+        obstacles.append("the package flash-attn is not installed")
+    if not obstacles:
+        yield Finding(check="attention", status="ok", what="flash_attention_2, and flash-attn is installed")
+        return
+    yield Finding(
+        check="attention",
+        status="failed",
+        what=f"attention is flash_attention_2, but {'; '.join(obstacles)}",
+        meaning="the run would end before its first step",
+        remedy="bash scripts/install_flash_attn.sh where only the package is missing; else attention=auto, which takes "
+        "flash-attn where it can run, or attention=sdpa",
     )
 
 
