@@ -1,4 +1,7 @@
-"""Show a running job's memory by phase, beside its plan: python scripts/check_gpu_memory.py RUN_DIRECTORY (grpo doctor --watch)."""
+"""Show a running job's memory by phase, beside its plan: python scripts/check_gpu_memory.py RUN_DIRECTORY.
+
+The same as grpo doctor --watch.
+"""
 
 import sys
 
