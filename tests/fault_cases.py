@@ -523,9 +523,140 @@ audit for every completion, and the key in no judgement, log or file. Made by
 
     PYTHONPATH=tests python -m fault_cases > benchmarks/results/fault_matrix.md
 
-Settled without a call, and so not in the table: master keys (row 30, `tests/judges/test_probes.py`), http to another
-machine (row 35, `tests/judges/test_config.py`). "Calls" are those that reached the first judge.
+"Calls" are those that reached the first judge. What needs no call to such a server is in the second table.
 """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Elsewhere:
+    """What goes wrong without a call to a judge's server, and the tests that try it."""
+
+    row: int
+    name: str
+    expected: str
+    tests: tuple[str, ...]
+    """path::function"""
+
+
+ELSEWHERE = (
+    Elsewhere(
+        row=30,
+        name="master keys",
+        expected="the judge is refused",
+        tests=("tests/judges/test_probes.py::test_a_judge_that_one_key_opens_is_refused",),
+    ),
+    Elsewhere(
+        row=35,
+        name="http to another machine",
+        expected="refused with the recipe",
+        tests=("tests/judges/test_config.py::test_a_url_that_may_not_be_called_is_refused",),
+    ),
+    Elsewhere(
+        row=39,
+        name="Ctrl-C, SIGTERM in mid-batch",
+        expected="saved, nothing paid twice",
+        tests=(
+            "tests/e2e/test_judge_interruptions.py::"
+            "test_a_sigterm_in_a_judged_batch_lets_the_step_be_judged_and_saved_and_nothing_is_paid_twice",
+            "tests/e2e/test_judge_interruptions.py::"
+            "test_a_second_ctrl_c_leaves_a_judged_batch_at_once_and_only_calls_in_flight_are_made_again",
+        ),
+    ),
+    Elsewhere(
+        row=40,
+        name="cache damaged, foreign, locked, read-only, on a full disk, with a malicious row",
+        expected="moved aside or bypassed",
+        tests=(
+            "tests/judges/test_cache.py::test_a_file_that_is_no_cache_of_ours_is_moved_aside_and_the_run_goes_on",
+            "tests/judges/test_cache.py::test_a_file_that_another_program_has_locked_is_bypassed_with_one_warning",
+            "tests/judges/test_cache.py::test_a_folder_that_cannot_be_written_is_bypassed_with_one_warning",
+            "tests/judges/test_cache.py::test_on_a_full_disk_old_verdicts_are_still_read",
+            "tests/judges/test_cache.py::test_a_row_that_is_no_verdict_is_ignored_and_never_executed",
+        ),
+    ),
+    Elsewhere(
+        row=41,
+        name="audit on a full disk",
+        expected="stops before the optimizer",
+        tests=(
+            "tests/judges/test_audit.py::test_a_full_disk_stops_the_run",
+            "tests/judges/test_pool.py::test_an_audit_that_cannot_be_written_stops_the_batch",
+        ),
+    ),
+    Elsewhere(
+        row=45,
+        name="a judge of one's own raises, answers nonsense, blocks the loop (exit, fork: not contained)",
+        expected="its own verdict is missing; the last found by `check_judge`",
+        tests=(
+            "tests/judges/test_pool.py::test_a_broken_client_costs_its_own_verdict_and_no_other",
+            "tests/judges/test_pool.py::test_a_client_that_answers_nonsense_is_contained",
+            "tests/judges/test_testing.py::test_a_client_that_holds_up_the_loop_is_found_out",
+        ),
+    ),
+    Elsewhere(
+        row=46,
+        name="reward model: no memory, NaN",
+        expected="batch halved; missing",
+        tests=(
+            "tests/rewards/test_reward_model.py::test_out_of_memory_halves_the_batch_and_misses_only_what_fits_nowhere",
+            "tests/rewards/test_reward_model.py::test_nan_and_infinity_are_missing",
+        ),
+    ),
+    Elsewhere(
+        row=47,
+        name="a pattern or a formula without end",
+        expected="killed, one verdict missing",
+        tests=(
+            "tests/rewards/test_format.py::test_a_pattern_without_end_costs_one_verdict",
+            "tests/rewards/test_math_answer.py::test_a_comparison_without_end_costs_one_verdict",
+        ),
+    ),
+    Elsewhere(
+        row=48,
+        name="code: bombs, no end, files, sockets, environment",
+        expected="contained by the sandbox",
+        tests=(
+            "tests/rewards/test_code_tests.py::test_what_code_may_not_do_fails_inside_the_sandbox",
+            "tests/rewards/test_code_tests.py::test_neither_environment_nor_other_processes_are_seen",
+            "tests/rewards/test_code_tests.py::test_printing_without_end_is_stopped",
+            "tests/rewards/test_code_tests.py::test_a_thread_bomb_ends_at_the_memory_limit_or_the_clock",
+        ),
+    ),
+    Elsewhere(
+        row=49,
+        name="all judges down for a step",
+        expected="wait, or stop with a checkpoint",
+        tests=(
+            "tests/grpo/test_step_gate.py::test_by_default_a_step_without_verdicts_stops_the_run_and_is_saved",
+            "tests/grpo/test_step_gate.py::"
+            "test_a_judge_that_comes_back_is_waited_for_and_the_run_is_as_if_it_had_never_been_down",
+        ),
+    ),
+    Elsewhere(
+        row=50,
+        name="one objective down, one up",
+        expected="moves no bit of the other",
+        tests=("tests/grpo/test_advantages.py::test_one_objectives_missing_verdicts_move_no_bit_of_another_objective",),
+    ),
+    Elsewhere(
+        row=56,
+        name="tracker down, slow, on a full disk",
+        expected="the run is the same",
+        tests=(
+            "tests/e2e/test_trackers.py::test_no_tracker_stops_a_run_or_changes_what_it_computes",
+            "tests/e2e/test_trackers.py::test_tensorboard_on_a_full_disk_costs_the_run_nothing_but_its_own_figures",
+        ),
+    ),
+)
+
+
+def table_elsewhere() -> str:
+    """As markdown."""
+    lines = ["| # | what goes wrong | expected | tried by |", "|---|---|---|---|"]
+    for each in ELSEWHERE:
+        tests = "<br>".join(f"`{test}`" for test in each.tests)
+        lines.append(f"| {each.row} | {each.name} | {each.expected} | {tests} |")
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -547,6 +678,8 @@ def main() -> int:
         f"(tries of 0.4 s, batches of 2 s where no other deadline is named). Python {sys.version.split()[0]}.\n"
     )
     print(table(rows))
+    print("\nWithout a call to such a server, each by tests of its own:\n")
+    print(table_elsewhere())
     return 0
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import logging
 from pathlib import Path
 
 import pytest
-from fault_cases import CASES, GRACE_S, SECRET, TRUE_SCORE, Case, outcome_of, run
+from fault_cases import CASES, ELSEWHERE, GRACE_S, SECRET, TRUE_SCORE, Case, outcome_of, run, table_elsewhere
 from fault_server import FaultServer, serving, verdict
 
 from judges.clients.openai_chat import OpenAIChatClient
@@ -94,9 +95,19 @@ def test_a_twin_is_still_served_when_the_first_caller_leaves() -> None:
 
 
 def test_the_document_has_every_case() -> None:
-    lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
+    cases, _, elsewhere = DOCUMENT.read_text(encoding="utf-8").partition("Without a call")
+    lines = cases.splitlines()
     documented = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines if line.startswith("| ")]
     assert documented[1:] == [(str(case.row), case.name.replace("|", "/")) for case in CASES]
+    assert table_elsewhere() in elsewhere
+
+
+def test_every_row_of_the_matrix_is_tried_here_or_by_a_test_that_there_is() -> None:
+    assert {case.row for case in CASES} | {each.row for each in ELSEWHERE} >= {*range(1, 51), 56}
+    root = DOCUMENT.parents[2]
+    for path, _, name in (test.partition("::") for each in ELSEWHERE for test in each.tests):
+        tree = ast.parse((root / path).read_text(encoding="utf-8"))
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, (path, name)
 
 
 def test_no_failure_has_a_number_to_be_taken_for_a_score() -> None:
