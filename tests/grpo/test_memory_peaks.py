@@ -5,15 +5,13 @@ Process memory cannot be read so finely: here nothing is calibrated, and librari
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from allocations import allocated_at_most
 
 from grpo.batching import build_batch
 from grpo.memory_bench import predict
@@ -43,18 +41,6 @@ def small(case: MemoryCase) -> MemoryCase:
     head = {"head_dim": 48} if "head_dim" in case.model else {}
     vocabulary = {"vocab_size": min(case.model["vocab_size"] // 4, 8000)}
     return replace(case, model={**case.model, **sizes, **head, **vocabulary})
-
-
-def allocated_at_most(do: Callable[[], Any]) -> int:
-    """The most bytes that torch's CPU allocator had given out at a time during `do`, above what was out before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        do()
-    results = recorded.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
-    held = peak = 0
-    for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 @pytest.mark.slow
