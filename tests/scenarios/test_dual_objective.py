@@ -173,7 +173,7 @@ def test_a_overwritten_gradients_shorten_the_objective_that_likes_long_answers_a
     changes = ["steps=14", "optim.learning_rate=1.0e-2", "rollout.temperature=1.0"]
     lengths = {}
     for window in (Overwriting, None):
-        config = recipe(project, *changes, f"output_dir={window is None}")
+        config = recipe(project, *changes, f"output_dir={'shipped' if window is None else 'overwriting'}")
         _, rows = train_with(window, config)
         lengths[window] = sum(row["completion/fairness/length_mean"] for row in rows[-3:]) / 3
     assert lengths[Overwriting] < 4 < 6 < lengths[None] <= 8
