@@ -42,7 +42,7 @@ class Owner:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return False
-        except PermissionError:
+        except PermissionError:  # it lives, and is another user's
             pass
         return not self.started or self.started == _start_of(self.pid)  # else the number is another process's by now
 

@@ -189,7 +189,7 @@ class JudgePool:
                 if not verdict.is_complete:
                     missing = verdict.scores.count(None)
                     raise InvalidVerdict(f"the verdict lacks {missing} of {len(verdict.scores)} ids")
-            except NotAdmitted:
+            except NotAdmitted:  # nothing was sent: the lane filled up or closed meanwhile, so look again
                 continue
             except JudgeFailure as failure:
                 asking.note_failure(lane, failure, clock())

@@ -128,7 +128,7 @@ def parse_group_verdict(
     for entry in entries:
         try:
             score = _in_scale(_checked(GroupEntry, entry).score, low=low, high=high)
-        except InvalidVerdict:
+        except InvalidVerdict:  # this id's verdict stays missing; the others of the reply hold
             continue
         verdicts[entry["id"]] = TextVerdict(score=score, raw=json.dumps(entry, ensure_ascii=False))
     if not verdicts:
