@@ -13,11 +13,11 @@ from typing import Annotated
 
 import typer
 
-from grpo.command_arguments import Overrides, check_writable, recipe_of
-from grpo.doctor_command import doctor
-from grpo.judge_commands import judge
-from grpo.memory_commands import bench, plan
-from grpo.verify_command import verify
+from grpo.commands.arguments import Overrides, check_writable, recipe_of
+from grpo.commands.doctor import doctor
+from grpo.commands.judge import judge
+from grpo.commands.memory import bench, plan
+from grpo.commands.verify import verify
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 OTHERS_GRACE_S = 5.0

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from grpo.bench.cases import CASES
+from grpo.bench.memory import Measured, as_json
 from grpo.cli import main
 from grpo.diagnostics.memory_plots import bench_figure
 from grpo.diagnostics.memory_tables import show_memory_bench
-from grpo.memory_bench import Measured, as_json
-from grpo.memory_cases import CASES
 from grpo.runtime.memory import MIB
 
 LLAMA_1B = {

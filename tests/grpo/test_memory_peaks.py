@@ -14,9 +14,9 @@ import torch
 from allocations import allocated_at_most
 
 from grpo.batching import build_batch
-from grpo.memory_bench import predict
-from grpo.memory_cases import CASES, MemoryCase
-from grpo.memory_probe import make_model_folder, random_groups
+from grpo.bench.cases import CASES, MemoryCase
+from grpo.bench.memory import predict
+from grpo.bench.probe import make_model_folder, random_groups
 from grpo.recipe_loader import parse_recipe
 from grpo.rollout.base import SamplingParams
 from grpo.runtime.models import load_model

@@ -22,10 +22,10 @@ from virtual_clock import run_virtually
 
 from grpo.alarms import Alarms
 from grpo.batching import TrainBatch, build_batch
+from grpo.bench.cases import LLAMA, MemoryCase
+from grpo.bench.memory import measure_cases, predict
+from grpo.bench.probe import make_model_folder, random_groups
 from grpo.config import RunConfig
-from grpo.memory_bench import measure_cases, predict
-from grpo.memory_cases import LLAMA, MemoryCase
-from grpo.memory_probe import make_model_folder, random_groups
 from grpo.recipe_loader import load_recipe, parse_recipe
 from grpo.rollout.base import SamplingParams
 from grpo.runtime.memory import hardware_named, plan

@@ -16,8 +16,8 @@ from run_builders import metrics_of
 from safetensors.numpy import save_file
 
 from grpo.batching import build_batch
+from grpo.commands.doctor import examine_and_show
 from grpo.config import RunConfig
-from grpo.doctor_command import examine_and_show
 from grpo.recipe_loader import load_recipe
 from grpo.runtime.machine import Gpu, MachineFacts, Package
 from grpo.runtime.memory import changed, hardware_named, plan

@@ -1,4 +1,4 @@
-"""One memory configuration, run for its peaks: `python -m grpo.memory_probe SPEC.json` prints one JSON object.
+"""One memory configuration, run for its peaks: `python -m grpo.bench.probe SPEC.json` prints one JSON object.
 
 A process of its own, because what one configuration leaves in the allocators would be counted for the next. A model
 with random weights goes through the stages of a run, by the run's own code, on random tokens of full length; after each

@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from grpo.bench.cases import MemoryCase
 from grpo.errors import RunStopped
-from grpo.memory_cases import MemoryCase
 from grpo.recipe_loader import parse_recipe
 from grpo.runtime.memory import Hardware, MemoryPlan, num_threads, plan
 from grpo.runtime.memory_model import shape_of
@@ -116,7 +116,7 @@ def predict(case: MemoryCase, folder: Path, *, device: str) -> MemoryPlan:
 def _child(*arguments: str) -> str:
     environment = {**os.environ, **ALLOCATOR, "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(  # the module's own file, with this interpreter
-        [sys.executable, "-m", "grpo.memory_probe", *arguments],
+        [sys.executable, "-m", "grpo.bench.probe", *arguments],
         env=environment,
         capture_output=True,
         text=True,

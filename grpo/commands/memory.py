@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from grpo.command_arguments import Overrides, check_writable, recipe_of
+from grpo.commands.arguments import Overrides, check_writable, recipe_of
 
 bench = typer.Typer(no_args_is_help=True, help="What a machine does: measured, beside what was predicted.")
 
@@ -61,10 +61,10 @@ def memory(
     plot: Annotated[Path | None, typer.Option(help="Draw them: a PNG.")] = None,
 ) -> None:
     """Measure a grid of configurations, each in its own process, beside what `grpo plan` says of it."""
+    from grpo.bench.cases import CASES, QUICK
+    from grpo.bench.memory import Measured, as_json, measure_cases
     from grpo.diagnostics.memory_tables import amount, show_memory_bench
     from grpo.errors import ConfigError
-    from grpo.memory_bench import Measured, as_json, measure_cases
-    from grpo.memory_cases import CASES, QUICK
 
     for option, path in (("--json", json_file), ("--plot", plot)):
         check_writable(option, path)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from grpo.command_arguments import Overrides, check_writable, recipe_of
+from grpo.commands.arguments import Overrides, check_writable, recipe_of
 
 judge = typer.Typer(no_args_is_help=True, help="Judges, looked at without training: what they cost, how good they are.")
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from grpo.command_arguments import Overrides, check_writable, recipe_of
+from grpo.commands.arguments import Overrides, check_writable, recipe_of
 
 
 def verify(
