@@ -16,7 +16,9 @@ from grpo.config import RunConfig, VllmEngineConfig
 from grpo.errors import ConfigError
 from grpo.runtime.memory_changes import candidate_changes, changed
 from grpo.runtime.memory_model import ModelShape, read_shape
-from grpo.runtime.memory_terms import FULL, MIB, Terms, count_micro_batches, largest_micro_batch
+from grpo.runtime.memory_rows import count_micro_batches, largest_micro_batch
+from grpo.runtime.memory_terms import FULL, MIB, Terms
+from grpo.runtime.memory_update import UpdateTerms
 
 GIB = 2**30
 CONTEXT_BYTES = 768 * MIB
@@ -227,6 +229,7 @@ def _phases_of(config: RunConfig, hardware: Hardware, prompt_tokens: int, shape:
 
 
 def _phases(terms: Terms, hardware: Hardware) -> tuple[Phase, ...]:
+    passes = UpdateTerms(terms)
     weights = {"policy": terms.weights() + terms.anchor()}
     if terms.is_full:
         weights["reference"] = terms.reference_copy()
@@ -243,8 +246,8 @@ def _phases(terms: Terms, hardware: Hardware) -> tuple[Phase, ...]:
     files = 0 if hardware.is_cpu else terms.load_host()
     saved = 0 if hardware.is_cpu else 3 * FULL * terms.learning
     moments_away = terms.moments() if is_away else 0
-    update = max(terms.update_pass(), moments_away)  # moments come back for the optimizer's step, after the pass
-    waiting = terms.saved() - terms.saved_on_device()
+    update = max(passes.update_pass(), moments_away)  # moments come back for the optimizer's step, after the pass
+    waiting = passes.saved() - passes.saved_on_device()
 
     def phase(name: str, held: dict[str, int], transient: int, host: int = 0) -> Phase:
         peak = sum(held.values()) + transient
@@ -258,7 +261,7 @@ def _phases(terms: Terms, hardware: Hardware) -> tuple[Phase, ...]:
     return (
         loading,
         phase("sampling", {**running, **engine}, sampling),
-        phase("reference", {**running, **asleep}, terms.reference_pass()),
+        phase("reference", {**running, **asleep}, passes.reference_pass()),
         phase("update", {**running, **asleep}, update, waiting),
         phase("sync", {**running, **engine}, terms.merging()),
         phase("checkpoint", {**running, **asleep}, 0, saved),

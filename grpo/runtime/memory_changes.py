@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 from grpo.config import LoraTrainable, RunConfig
-from grpo.runtime.memory_terms import largest_micro_batch
+from grpo.runtime.memory_rows import largest_micro_batch
 
 Candidate: TypeAlias = tuple[dict[str, Any], str, str, bool]
 """Arguments of `changed`, the same as `grpo train` takes it, why it helps, and whether the gradient stays the same."""

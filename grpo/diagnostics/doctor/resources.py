@@ -14,7 +14,8 @@ from grpo.errors import InputError
 from grpo.runtime.machine import BFLOAT16_CAPABILITY, Machine, MachineFacts
 from grpo.runtime.memory import DEFAULT_PROMPT_TOKENS, Hardware, hardware_named, plan
 from grpo.runtime.memory_model import read_shape
-from grpo.runtime.memory_terms import FULL, Terms, largest_micro_batch
+from grpo.runtime.memory_rows import largest_micro_batch
+from grpo.runtime.memory_terms import FULL, Terms
 
 LEAST_SHARED_MEMORY = 1 << 30
 """NCCL and vLLM's workers pass tensors through it; a container's default of 64 MiB ends them with a bus error."""
