@@ -75,6 +75,26 @@ class LaneStats:
     """Money known to be spent."""
 
 
+@dataclass(slots=True, kw_only=True)
+class _Attempt:
+    """A call that was sent, and how it has ended so far."""
+
+    ticket: Ticket
+    """The breaker's."""
+    asked_at: float
+    """On the event loop's clock."""
+    sent_at: float
+    is_hedge: bool
+    outcome: Literal["answered", "cancelled"] | FailureKind = "cancelled"
+    status: int | None = None
+    """The HTTP status of a failure."""
+    usage: Usage | None = None
+    """Tokens that it took, where that can be believed."""
+    may_be_billed: bool = True
+    hold_s: float = 0.0
+    """For which its slot is kept after its end."""
+
+
 class Lane:
     """One pool's way to an endpoint; owns neither the client nor the limits.
 
@@ -157,73 +177,22 @@ class Lane:
             JudgeFailure: as `JudgeClient.complete`, or as `read`.
             NotAdmitted: nothing was sent; ask `ready_in_s` anew.
         """
-        asked_at, hold_s = self._clock(), 0.0
         tokens = sum(len(message.content) for message in chat.messages) / CHARS_PER_TOKEN + chat.max_tokens
+        asked_at, hold_s = self._clock(), 0.0
         await self._limits.slots.acquire()
         try:
-            await self._limits.rates.acquire(tokens)
-            try:
-                if self._budget is not None:
-                    await self._budget.wait_for_room(self._upper_bound(chat))
-                ticket, reservation = self._leave(chat, is_extra=is_extra)
-            except BaseException:  # a cancelled wait sends nothing either
-                self._limits.rates.give_back(tokens)
-                raise
+            ticket, reservation = await self._wait_for_leave(chat, tokens, is_extra=is_extra)
             if sent is not None:
                 sent.set()
             self._counts.update(calls=1, extra=is_extra, hedges=is_hedge)
-            sent_at = self._clock()
-            outcome: Literal["answered", "cancelled"] | FailureKind = "cancelled"
-            status: int | None = None
-            usage: Usage | None = None
-            may_be_billed = True
+            attempt = _Attempt(ticket=ticket, asked_at=asked_at, sent_at=self._clock(), is_hedge=is_hedge)
             try:
-                reply = await self._complete(chat)
-                usage = self._believed(reply.usage, chat)
-                self._limits.rates.sync_down(requests=reply.remaining_requests, tokens=reply.remaining_tokens)
-                reading = read(replace(reply, usage=usage))
-                outcome = "answered"
-                self._on_answer(ticket, latency_s=self._clock() - sent_at)
-                return reading
-            except JudgeFailure as exc:
-                outcome, status = exc.kind, exc.status
-                if usage is None:  # the client may have seen what the reply took, though it is none
-                    usage = exc.usage = self._believed(exc.usage, chat)
-                may_be_billed = usage is not None or status is None
-                self._on_failure(ticket, exc)
-                hold_s = self._hold_s(exc)
-                raise
-            except asyncio.CancelledError:
-                self._limits.breaker.on_no_outcome(ticket)
-                raise
-            except Exception:
-                outcome = "client_error"
-                self._limits.breaker.on_failure(ticket)
-                raise
+                return await self._send(chat, read, attempt)
             finally:
-                if usage is not None:
-                    self._usage = self._usage.plus(usage)
-                    self._limits.rates.true_up(tokens, usage.prompt_tokens + usage.completion_tokens)
-                elif not may_be_billed:
-                    self._limits.rates.true_up(tokens, 0.0)
-                cost = self._settle(reservation, usage, may_be_billed=may_be_billed)
-                self._outcomes[outcome] += 1
-                calls.append(
-                    Call(
-                        endpoint=self.label,
-                        outcome=outcome,
-                        latency_s=self._clock() - sent_at,
-                        waited_s=sent_at - asked_at,
-                        is_hedge=is_hedge,
-                        status=status,
-                        cost=cost,
-                    )
-                )
+                hold_s = attempt.hold_s
+                calls.append(self._settled(attempt, reservation, tokens))
         finally:
-            if hold_s:
-                asyncio.get_running_loop().call_later(hold_s, self._limits.slots.release)
-            else:
-                self._limits.slots.release()
+            self._release_slot(hold_s)
 
     def stats(self) -> LaneStats:
         """So far."""
@@ -242,6 +211,21 @@ class Lane:
             cost=self._cost,
         )
 
+    # One call: leave to send, the reply, what it has cost.
+
+    async def _wait_for_leave(
+        self, chat: ChatRequest, tokens: float, *, is_extra: bool
+    ) -> tuple[Ticket, Reservation | None]:
+        """With a slot in hand, wait for the rate limits and the budget, then take leave."""
+        await self._limits.rates.acquire(tokens)
+        try:
+            if self._budget is not None:
+                await self._budget.wait_for_room(self._upper_bound(chat))
+            return self._leave(chat, is_extra=is_extra)
+        except BaseException:  # a cancelled wait sends nothing either
+            self._limits.rates.give_back(tokens)
+            raise
+
     def _leave(self, chat: ChatRequest, *, is_extra: bool) -> tuple[Ticket, Reservation | None]:
         """All that must be asked in the moment of sending; nothing in here waits."""
         if self._limits.rates.pause_left_s > 0 or (is_extra and self._limits.retry_budget.wait_s() > 0):
@@ -259,6 +243,58 @@ class Lane:
         else:
             self._limits.retry_budget.note_first()
         return ticket, reservation
+
+    async def _send(self, chat: ChatRequest, read: Callable[[ChatReply], Reading], attempt: _Attempt) -> Reading:
+        """The reading of the reply; notes in the attempt how it ended, and teaches the limits."""
+        try:
+            reply = await self._complete(chat)
+            attempt.usage = self._believed(reply.usage, chat)
+            self._limits.rates.sync_down(requests=reply.remaining_requests, tokens=reply.remaining_tokens)
+            reading = read(replace(reply, usage=attempt.usage))
+        except JudgeFailure as exc:
+            attempt.outcome, attempt.status = exc.kind, exc.status
+            if attempt.usage is None:  # the client may have seen what the reply took, though it is none
+                attempt.usage = exc.usage = self._believed(exc.usage, chat)
+            attempt.may_be_billed = attempt.usage is not None or attempt.status is None
+            self._on_failure(attempt.ticket, exc)
+            attempt.hold_s = self._hold_s(exc)
+            raise
+        except asyncio.CancelledError:
+            self._limits.breaker.on_no_outcome(attempt.ticket)
+            raise
+        except Exception:
+            attempt.outcome = "client_error"
+            self._limits.breaker.on_failure(attempt.ticket)
+            raise
+        attempt.outcome = "answered"
+        self._on_answer(attempt.ticket, latency_s=self._clock() - attempt.sent_at)
+        return reading
+
+    def _settled(self, attempt: _Attempt, reservation: Reservation | None, tokens: float) -> Call:
+        """The call has ended: its tokens and its money are counted. Args: tokens: that the rate limits were told."""
+        usage = attempt.usage
+        if usage is not None:
+            self._usage = self._usage.plus(usage)
+            self._limits.rates.true_up(tokens, usage.prompt_tokens + usage.completion_tokens)
+        elif not attempt.may_be_billed:
+            self._limits.rates.true_up(tokens, 0.0)
+        cost = self._settle(reservation, usage, may_be_billed=attempt.may_be_billed)
+        self._outcomes[attempt.outcome] += 1
+        return Call(
+            endpoint=self.label,
+            outcome=attempt.outcome,
+            latency_s=self._clock() - attempt.sent_at,
+            waited_s=attempt.sent_at - attempt.asked_at,
+            is_hedge=attempt.is_hedge,
+            status=attempt.status,
+            cost=cost,
+        )
+
+    def _release_slot(self, hold_s: float) -> None:
+        if hold_s:
+            asyncio.get_running_loop().call_later(hold_s, self._limits.slots.release)
+        else:
+            self._limits.slots.release()
 
     async def _complete(self, chat: ChatRequest) -> ChatReply:
         try:
