@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from grpo.bench.cases import MemoryCase
 from grpo.errors import RunStopped
@@ -63,20 +60,15 @@ class Measured:
         return self.predicted_bytes / self.peak_bytes - 1
 
 
-def measure_cases(
-    cases: Sequence[MemoryCase], *, device: str = "cpu", on_case: Callable[[Measured], None] = lambda measured: None
-) -> list[Measured]:
-    """Every case in a process of its own. Args: on_case: is told of each as it is done.
+def measure_cases(cases: Sequence[MemoryCase], *, device: str = "cpu") -> Iterator[Measured]:
+    """Each case as it is done, in a process of its own.
 
     Raises:
         RunStopped: a process failed; says with which error.
     """
-    found: list[Measured] = []
     with tempfile.TemporaryDirectory() as place:
         for case in cases:
-            found.append(_measured(case, Path(place), device))
-            on_case(found[-1])
-    return found
+            yield _measured(case, Path(place), device)
 
 
 def _measured(case: MemoryCase, place: Path, device: str) -> Measured:
@@ -93,18 +85,23 @@ def _measured(case: MemoryCase, place: Path, device: str) -> Measured:
     def peaks(kind: str) -> dict[str, int]:
         return {phase: max(answer["stages"][stage][kind] for stage in stages) for phase, stages in STAGES_OF.items()}
 
-    predicted = predict(case, folder, device=device)
     return Measured(
         case=case,
         peaks=peaks(kind),
         host_peaks=peaks("host_bytes"),
-        predicted={phase.name: phase.peak_bytes for phase in predicted.phases},
+        predicted=predicted_peaks(case, device=device),
         tokens_per_s=answer["tokens_per_s"],
     )
 
 
-def predict(case: MemoryCase, folder: Path, *, device: str) -> MemoryPlan:
-    """The plan of a case, on hardware without bounds."""
+def predicted_peaks(case: MemoryCase, *, device: str) -> dict[str, int]:
+    """Phase -> what the plan says of a case, in bytes."""
+    return {phase.name: phase.peak_bytes for phase in predict(case, device=device).phases}
+
+
+def predict(case: MemoryCase, *, device: str) -> MemoryPlan:
+    """The plan of a case, on hardware without bounds. The model need not be there: its config says all."""
+    folder = Path("model").absolute()
     config = parse_recipe(case.recipe(folder, device=device), base_dir=folder.parent, source=case.name)
     hardware = Hardware(
         name=device, device_bytes=UNBOUNDED, is_cpu=device == "cpu", has_bfloat16=True, threads=num_threads()
@@ -126,28 +123,3 @@ def _child(*arguments: str) -> str:
         tail = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise RunStopped(f"a memory case ended before its figures were there: {tail[0]}")
     return done.stdout
-
-
-def as_json(measured: Sequence[Measured], *, device: str, command: str) -> dict[str, Any]:
-    """The figures, with the machine and the versions that they are of."""
-    return {
-        "command": command,
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.platform()},
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-        "device": device,
-        "threads": num_threads(),
-        "allocator": ALLOCATOR,
-        "cases": [
-            {
-                **asdict(each.case),
-                "peak_bytes": each.peak_bytes,
-                "predicted_bytes": each.predicted_bytes,
-                "error": each.error,
-                "peaks": dict(each.peaks),
-                "host_peaks": dict(each.host_peaks),
-                "predicted": dict(each.predicted),
-                "tokens_per_s": dict(each.tokens_per_s),
-            }
-            for each in measured
-        ],
-    }

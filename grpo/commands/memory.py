@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+import time
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from grpo.commands.arguments import Overrides, check_writable, recipe_of
+
+if TYPE_CHECKING:
+    from grpo.bench.cases import MemoryCase
 
 bench = typer.Typer(no_args_is_help=True, help="What a machine does: measured, beside what was predicted.")
 
@@ -56,39 +61,69 @@ def plan(
 def memory(
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Whose memory is measured.")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Three cases in place of all.")] = False,
-    case: Annotated[list[str] | None, typer.Option(help="Only this one; may be given again.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Only this one, again; may be given more than once.")] = None,
+    limit_s: Annotated[
+        float, typer.Option(help="Begin no case after so many seconds; the same command goes on.", min=0)
+    ] = math.inf,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file; those that it holds are kept.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them: a PNG.")] = None,
 ) -> None:
-    """Measure a grid of configurations, each in its own process, beside what `grpo plan` says of it."""
-    from grpo.bench.cases import CASES, QUICK
-    from grpo.bench.memory import Measured, as_json, measure_cases
+    """Measure a grid of configurations, each in its own process, beside what `grpo plan` says of it.
+
+    Exits 1 where a prediction is off by more than a tenth.
+    """
+    from grpo.bench.memory import measure_cases
+    from grpo.bench.memory_figures import as_json, held_figures, misses
     from grpo.diagnostics.memory_tables import amount, show_memory_bench
-    from grpo.errors import ConfigError
 
     for option, path in (("--json", json_file), ("--plot", plot)):
         check_writable(option, path)
-    wanted = case or (QUICK if quick else [each.name for each in CASES])
-    if unknown := sorted(set(wanted) - {each.name for each in CASES}):
-        raise ConfigError(f"--case {unknown[0]!r} is not among: {'; '.join(each.name for each in CASES)}.")
-    chosen = [each for each in CASES if each.name in wanted]
-    if absent := [each for each in chosen if each.needs is not None and find_spec(each.needs) is None]:
-        if case:
-            raise ConfigError(f"--case {absent[0].name!r} needs {absent[0].needs}, which is not installed.")
-        print(f"left out, for want of bitsandbytes: {'; '.join(each.name for each in absent)}", file=sys.stderr)
-        chosen = [each for each in chosen if each not in absent]
-
-    def tell(measured: Measured) -> None:
+    held = held_figures(json_file, device=device) if json_file is not None else {}
+    due = [each for each in _chosen_cases(case, is_quick=quick) if case or each.name not in held]
+    end, command = time.monotonic() + limit_s, " ".join(["grpo", *sys.argv[1:]])
+    left = {each.name for each in due}
+    for measured in measure_cases(due, device=device):
+        held[measured.case.name] = measured
+        left.remove(measured.case.name)
         done = f"{measured.case.name}: {amount(measured.peak_bytes)}, predicted {amount(measured.predicted_bytes)}"
         print(f"{done} ({measured.error:+.1%})", file=sys.stderr, flush=True)
-
-    figures = as_json(
-        measure_cases(chosen, device=device, on_case=tell), device=device, command=" ".join(["grpo", *sys.argv[1:]])
-    )
-    if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        _write_figures(as_json(held.values(), device=device, command=command), json_file)
+        if time.monotonic() > end:
+            break
+    figures = as_json(held.values(), device=device, command=command)
+    _write_figures(figures, json_file)
     if plot is not None:
         from grpo.diagnostics.memory_plots import bench_figure
 
         plot.write_bytes(bench_figure(figures["cases"]))
     show_memory_bench(figures["cases"])
+    problems = misses(figures["cases"])
+    if left:
+        problems.append(f"{len(left)} cases left at --limit-s; the same command goes on")
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _write_figures(figures: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _chosen_cases(names: list[str] | None, *, is_quick: bool) -> list[MemoryCase]:
+    """Those of the grid; where none are named, without what needs a package that is not installed."""
+    from grpo.bench.cases import CASES, QUICK
+    from grpo.errors import ConfigError
+
+    wanted = names or (QUICK if is_quick else [each.name for each in CASES])
+    if unknown := sorted(set(wanted) - {each.name for each in CASES}):
+        raise ConfigError(f"--case {unknown[0]!r} is not among: {'; '.join(each.name for each in CASES)}.")
+    chosen = [each for each in CASES if each.name in wanted]
+    absent = [each for each in chosen if each.needs is not None and find_spec(each.needs) is None]
+    if absent and names:
+        raise ConfigError(f"--case {absent[0].name!r} needs {absent[0].needs}, which is not installed.")
+    if absent:
+        print(f"left out, for want of bitsandbytes: {'; '.join(each.name for each in absent)}", file=sys.stderr)
+    return [each for each in chosen if each not in absent]

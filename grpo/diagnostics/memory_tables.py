@@ -87,7 +87,7 @@ def show_memory_bench(cases: Sequence[Mapping[str, Any]], *, console: Console | 
     console = console or Console()
     table = Table(box=None, pad_edge=False)
     table.add_column("case")
-    for name in ("measured", "predicted", "error", "update tokens/s"):
+    for name in ("measured", "predicted", "error", "worst of a phase", "update tokens/s"):
         table.add_column(name, justify="right")
     table.add_column("")
     for case in cases:
@@ -97,6 +97,7 @@ def show_memory_bench(cases: Sequence[Mapping[str, Any]], *, console: Console | 
             amount(case["peak_bytes"]),
             amount(case["predicted_bytes"]),
             Text(f"{case['error']:+.1%}", style="green" if is_close else "red"),
+            _worst_phase(case),
             f"{case['tokens_per_s']['update']:.0f}",
             "calibration" if case["is_calibration"] else "",
         )
@@ -107,3 +108,9 @@ def show_memory_bench(cases: Sequence[Mapping[str, Any]], *, console: Console | 
         console.print(
             f"cases that nothing was calibrated on: {len(checked)}; the largest error among them is {worst:+.1%}"
         )
+
+
+def _worst_phase(case: Mapping[str, Any]) -> str:
+    errors = {phase: case["predicted"][phase] / peak - 1 for phase, peak in case["peaks"].items()}
+    phase = max(errors, key=lambda name: abs(errors[name]))
+    return f"{phase} {errors[phase]:+.1%}"

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from grpo.bench.cases import CASES
-from grpo.bench.memory import Measured, as_json
+from grpo.bench.cases import CASES, MemoryCase
+from grpo.bench.memory import Measured
+from grpo.bench.memory_figures import as_json, held_figures, misses
 from grpo.cli import main
 from grpo.diagnostics.memory_plots import bench_figure
 from grpo.diagnostics.memory_tables import show_memory_bench
+from grpo.errors import ConfigError
 from grpo.runtime.memory import MIB
 
 LLAMA_1B = {
@@ -124,23 +126,59 @@ def test_predictions_of_three_measured_cases_are_within_ten_percent(tmp_path: Pa
         assert case["peak_bytes"] == max(case["peaks"].values())
 
 
-def test_measured_cases_are_shown_beside_their_prediction_and_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+def measured_as(case: MemoryCase, *, predicted_mib: int) -> Measured:
+    """400 MiB measured in the update, 200 in the other phases."""
     phases = ("load", "sampling", "update")
-    measured = [
-        Measured(
-            case=case,
-            peaks=dict.fromkeys(phases, 200 * MIB) | {"update": 400 * MIB},
-            host_peaks=dict.fromkeys(phases, 200 * MIB),
-            predicted=dict.fromkeys(phases, 100 * MIB) | {"update": 360 * MIB},
-            tokens_per_s={"sampling": 100.0, "update": 50.0},
-        )
-        for case in CASES[1:3]
-    ]
+    return Measured(
+        case=case,
+        peaks=dict.fromkeys(phases, 200 * MIB) | {"update": 400 * MIB},
+        host_peaks=dict.fromkeys(phases, 200 * MIB),
+        predicted=dict.fromkeys(phases, 100 * MIB) | {"update": predicted_mib * MIB},
+        tokens_per_s={"sampling": 100.0, "update": 50.0},
+    )
+
+
+def test_measured_cases_are_shown_beside_their_prediction_and_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    measured = [measured_as(case, predicted_mib=360) for case in CASES[1:3]]
     figures = as_json(measured, device="cpu", command="grpo bench memory")
     assert [case["error"] for case in figures["cases"]] == pytest.approx([-0.1, -0.1])  # 360 / 400 - 1
+    assert figures["calibrated_on"] == ["llama, float32", "llama, bfloat16"]
     json.dumps(figures, allow_nan=False)
     show_memory_bench(figures["cases"])
     shown = capsys.readouterr().out
     assert "-10.0%" in shown
+    assert "-50.0%" in shown  # of sampling: 100 / 200 - 1
     assert "nothing was calibrated on: 1" in shown
     assert bench_figure(figures["cases"]).startswith(b"\x89PNG")
+
+
+def test_a_prediction_off_by_more_than_a_tenth_is_a_miss_unless_it_was_calibrated_on() -> None:
+    calibration, checked = CASES[1], CASES[2]
+    assert calibration.is_calibration
+    assert not checked.is_calibration
+    for mib, missed in ((360, 0), (356, 1), (444, 1)):  # of 400: 10% below, 11% below, 11% above
+        measured = [measured_as(case, predicted_mib=mib) for case in (calibration, checked)]
+        assert len(misses(as_json(measured, device="cpu", command="")["cases"])) == missed
+
+
+def test_measured_figures_are_kept_and_their_predictions_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "memory.json"
+    path.write_text(json.dumps(as_json([measured_as(CASES[0], predicted_mib=1)], device="cpu", command="")))
+    held = held_figures(path, device="cpu")
+    assert list(held) == [CASES[0].name]
+    assert held[CASES[0].name].peaks["update"] == 400 * MIB
+    assert held[CASES[0].name].predicted["update"] > 100 * MIB
+    assert held_figures(tmp_path / "none.json", device="cpu") == {}
+
+
+def test_figures_of_another_machine_are_not_joined_and_changed_cases_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "memory.json"
+    figures = as_json([measured_as(CASES[0], predicted_mib=1)], device="cpu", command="")
+    path.write_text(json.dumps({**figures, "threads": 99}))
+    with pytest.raises(ConfigError, match="figures of threads 99"):
+        held_figures(path, device="cpu")
+    path.write_text(json.dumps({**figures, "cases": [{**figures["cases"][0], "group_size": 3}]}))
+    assert held_figures(path, device="cpu") == {}
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match="no figures of"):
+        held_figures(path, device="cpu")

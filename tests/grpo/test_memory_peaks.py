@@ -78,5 +78,5 @@ def test_the_peak_of_an_update_is_what_the_plan_says_of_it(case: MemoryCase, tmp
     # the window's gradients are made anew, and the profiler does not see those of the step before go
     gradients = 4 * sum(p.numel() for p in policy.trainable_parameters().values())
     measured = allocated_at_most(lambda: updater.step(batch)) - gradients
-    phases = {phase.name: phase for phase in predict(case, tmp_path / "model", device="cpu").phases}
+    phases = {phase.name: phase for phase in predict(case, device="cpu").phases}
     assert phases["update"].transient_bytes == pytest.approx(measured, rel=0.05)
