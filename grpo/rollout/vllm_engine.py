@@ -109,13 +109,14 @@ class VllmEngine:
         """Take the policy's weights, verify that they are in the engine, and forget what was computed with the old.
 
         Raises:
-            EngineError: they did not arrive whole, or not in time.
+            EngineError: they did not arrive whole, or not in time, or the engine did not wake.
         """
-        self._wake()
         self._version = None
         version = self._num_syncs = self._num_syncs + 1
         deadline = Deadline(self._config.sync_timeout_s)
         checksum = Checksum()
+        with deadline.phase("the engine to wake"):
+            self._wake()
         with deadline.phase("the engine to take the weights"):
             if self._sync == "adapter":
                 report = self._send_adapter(policy, version, checksum)
@@ -148,7 +149,7 @@ class VllmEngine:
         Raises:
             ConfigError: a prompt and params.max_new_tokens exceed the engine's context, or vLLM cannot sample by
                 the law.
-            EngineError: the last sync failed, or vLLM gave up a request.
+            EngineError: the last sync failed, the engine did not wake or sleep, or vLLM gave up a request.
         """
         if self._version is None:
             raise EngineError("the engine's weights are not the policy's: the last weight sync failed.")
@@ -253,13 +254,33 @@ class VllmEngine:
 
     def _sleep(self) -> None:
         if self._can_sleep and not self._is_asleep:
-            self._llm.sleep(level=1)  # the weights go to the host's memory: an adapter's sync does not bring them back
+            try:
+                # the weights go to the host's memory: an adapter's sync does not bring them back
+                self._llm.sleep(level=1)
+            except RuntimeError as exc:
+                raise EngineError(
+                    f"vLLM could not free its memory for the update: {exc}. Its weights go to the host's memory: see "
+                    "that there is room, or set rollout.engine.sleep to false."
+                ) from exc
             self._is_asleep = True
 
     def _wake(self) -> None:
-        if self._is_asleep:
-            self._llm.wake_up()
-            self._is_asleep = False
+        if not self._is_asleep:
+            return
+        try:
+            is_awake = self._llm.wake_up() is not False  # older ones answer nothing
+        except RuntimeError as exc:  # CUDA's, out of memory among them
+            raise EngineError(_not_awake(str(exc))) from exc
+        if not is_awake:
+            raise EngineError(_not_awake("some of its memory did not come back"))
+        self._is_asleep = False
+
+
+def _not_awake(cause: str) -> str:
+    return (
+        f"vLLM did not wake after the update: {cause}. Set rollout.engine.memory_fraction lower if what the update "
+        "left on the GPU takes its room, or rollout.engine.sleep to false."
+    )
 
 
 def check_installed(distributions: Sequence[str] = _DISTRIBUTIONS) -> None:
