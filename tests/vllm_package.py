@@ -51,7 +51,7 @@ class LlmDouble:
         self.at: dict[str, Callable[[], object]] = {}
         """What happens besides when one of these is done; what it gives back at wake is vLLM's answer."""
         self.llm_engine = self.engine_core = self
-        self.model_config = SimpleNamespace(max_model_len=64)
+        self.model_config = SimpleNamespace(max_model_len=options["max_model_len"] or 64)
         self._requests: dict[str, Any] = {}
         self._version: int | None = None
         self.built.append(self)

@@ -1,5 +1,5 @@
-"""Claims about the recipe's penalties, bans and processors: they shape what is sampled, the trainer replays them, and
-what cannot be is refused before the first step. The real command and the tiny model."""
+"""Claims about the recipe's penalties, bans, processors and engine: the law shapes what is sampled, the trainer replays
+it, and what cannot be is refused before the first step. The real command and the tiny model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 from run_builders import Runs, completions_of, metrics_of
+from vllm_double import VllmDouble
+from vllm_package import announce_version, put_in_place
+from vllm_server_builders import Bench
 
 PROCESSORS = '''
 """A processor as a user writes one beside the recipe."""
@@ -92,9 +95,45 @@ def test_no_completion_holds_a_banned_text(runs: Runs) -> None:
         ({"processors": [{"path": "run_processors:InPlace"}]}, ["run_processors:InPlace", "changes the logits"]),
         ({"repetition_penalty": 0}, ["rollout.repetition_penalty"]),
         ({"penalties_over": "answer"}, ["rollout.penalties_over"]),
+        ({"repetition_over": "answer"}, ["rollout.repetition_over"]),
+        ({"presence_penalty": 2.5}, ["rollout.presence_penalty"]),
+        ({"frequency_penalty": "much"}, ["rollout.frequency_penalty"]),
+        ({"no_repeat_ngram": -1}, ["rollout.no_repeat_ngram"]),
+        ({"min_new_tokens": 8}, ["min_new_tokens = 8", "max_new_tokens = 8", "set it lower"]),
+        ({"top_p": 0}, ["rollout.top_p"]),
+        ({"top_k": -1}, ["rollout.top_k"]),
+        ({"min_p": 1}, ["rollout.min_p"]),
     ],
 )
 def test_a_law_that_cannot_be_is_refused_before_anything_is_written(
     law: dict[str, Any], words: list[str], runs: Runs
 ) -> None:
     runs.check_refused(words, rollout=rollout(**law))
+
+
+def test_a_vllm_that_is_too_old_is_refused_with_the_version_it_needs_and_the_extra(
+    runs: Runs, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    announce_version(tmp_path_factory.mktemp("site"), runs.monkeypatch, "0.17.1")
+    words = ["vLLM 0.17.1 is installed", "needs 0.18 or newer", "grpo-toolkit[vllm]", "scripts/install_vllm_cpu.sh"]
+    runs.check_refused(words, rollout=rollout(engine={"type": "vllm"}))
+
+
+def test_a_context_of_vllm_that_is_too_short_for_prompt_and_completion_is_refused(
+    runs: Runs, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The model's own context is long enough: only vLLM's was cut."""
+    llms = put_in_place(tmp_path_factory.mktemp("site"), runs.monkeypatch)
+    words = ["a prompt of", "rollout.max_new_tokens = 8 exceed the 24 tokens", "rollout.engine.max_model_len higher"]
+    runs.check_refused(words, rollout=rollout(engine={"type": "vllm", "max_model_len": 24}))
+    (llm,) = llms.built
+    assert llm.done == []  # neither synced nor sampled from
+
+
+def test_a_server_that_serves_another_model_is_refused(runs: Runs) -> None:
+    with VllmDouble(Bench.of(runs.model_dir).facts) as server:
+        server.facts["shape"] = {**server.facts["shape"], "hidden_size": 4096}
+        engine = {"type": "vllm_server", "urls": [server.url]}
+        runs.check_refused(
+            [server.url, "another model than the recipe's", "hidden_size 4096"], rollout=rollout(engine=engine)
+        )
