@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -12,6 +14,10 @@ from grpo.advantages import Advantages, Combine, Scale, group_advantages
 from grpo.config import TruncatedConfig, TruncatedKeep, TruncatedMask, TruncatedPenalty
 from grpo.prompt_images import PromptImages
 from grpo.types import Completion, ScoredGroup
+
+PAIRS_PER_TOKEN = 6 * 1024
+"""Pairs of query and key that cost as much as one token's products: 6 hidden sizes, here of a model of 1,024. A block's
+products are about 24 H^2 operations a token, its attention 4 H a pair. Only how evenly rows are cut depends on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,11 +94,13 @@ class TrainBatch:
     weights: Tensor
     """[O] weight of each objective."""
     num_tokens: int
-    """Loss tokens of these micro-batches; the denominators add up over the ranks."""
+    """Loss tokens of these micro-batches and of the idle rows; the denominators add up over the ranks."""
     num_rows: int
-    """Rows that have loss tokens."""
+    """Rows that have loss tokens, the idle ones included."""
     advantages: Advantages
     """Of all completions of all ranks, rows without a verdict included."""
+    num_idle_tokens: int = 0
+    """Loss tokens of idle rows: their part of the loss is known to be 0, and they are in no micro-batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,10 +154,12 @@ def build_batch(
     max_new_tokens: int,
     truncated: TruncatedConfig | None = None,
     drops_flat_groups: bool = False,
+    idle_when_flat: Collection[str] = (),
     own: Sequence[int] | None = None,
     images: Mapping[str, PromptImages] | None = None,
 ) -> TrainBatch:
-    """Advantages, then rows into micro-batches under a token budget, a group's rows together where they fit.
+    """Advantages, then rows into micro-batches of like cost under a token budget, a group's rows together where it
+    holds them all.
 
     A row without any verdict leaves the update: no policy term, no KL term, not in the denominator.
 
@@ -162,6 +172,8 @@ def build_batch(
         truncated: what becomes of those; they are kept where None.
         drops_flat_groups: groups that teach no objective anything leave the update, KL term included; where all are
             such, they stay, for there must be something to update with.
+        idle_when_flat: objectives without a term in the loss but the policy's. A group that teaches nothing, of such
+            objectives alone, is idle: it counts in the denominators and goes through no model.
         own: places in `groups` whose rows this rank computes; all where None.
         images: prompt id -> its images, of those that have any.
     """
@@ -191,13 +203,21 @@ def build_batch(
         for k, completion in enumerate(groups[p].rollout.completions)
         if bool(advantages.valid[p, k].any()) and _is_trained_on(completion, truncated)
     ]
+    idle = {
+        p
+        for p, group in enumerate(groups)
+        if not teaches[p] and set(group.rollout.prompt.objectives) <= {*idle_when_flat}
+    }
+    computed = [row for row in rows if row.group not in idle]
+    num_tokens, num_computed = (sum(len(row.completion_ids) for row in some) for some in (rows, computed))
     return TrainBatch(
-        micro_batches=tuple(_collate(part) for part in _split(rows, micro_batch_tokens)),
+        micro_batches=tuple(_collate(part) for part in _cut(computed, micro_batch_tokens)),
         objectives=objectives,
         weights=objective_weights,
-        num_tokens=sum(len(row.completion_ids) for row in rows),
+        num_tokens=num_tokens,
         num_rows=len(rows),
         advantages=advantages,
+        num_idle_tokens=num_tokens - num_computed,
     )
 
 
@@ -246,25 +266,81 @@ def parts_within(batch: MicroBatch, budget: int) -> list[Tensor]:
     return parts
 
 
-def _split(rows: Sequence[_Row], budget: int) -> list[list[_Row]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """Rows that go through the model together, and what that takes."""
+
+    rows: tuple[_Row, ...]
+    num_prompts: int
+    prompt_width: int
+    completion_width: int
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens that are computed, padding included: each prompt once, each completion."""
+        return self.num_prompts * self.prompt_width + len(self.rows) * self.completion_width
+
+    @property
+    def cost(self) -> int:
+        """Time that it takes, in pairs of query and key: its tokens, and what they attend to, padding included."""
+        pairs = self.num_prompts * self.prompt_width**2
+        pairs += len(self.rows) * self.completion_width * (self.prompt_width + self.completion_width)
+        return PAIRS_PER_TOKEN * self.padded_tokens + pairs
+
+    def joined(self, other: _Part) -> _Part:
+        """Both together. Only the last rows of the one and the first of the other may have a prompt in common."""
+        is_one_prompt = self.rows[-1].group == other.rows[0].group
+        return _Part(
+            rows=self.rows + other.rows,
+            num_prompts=self.num_prompts + other.num_prompts - is_one_prompt,
+            prompt_width=max(self.prompt_width, other.prompt_width),
+            completion_width=max(self.completion_width, other.completion_width),
+        )
+
+
+def _cut(rows: Sequence[_Row], budget: int) -> list[list[_Row]]:
+    """Rows of each micro-batch: a function of the rows alone. A group is cut only where the budget cannot hold it, for
+    its prompt is computed once in every part."""
+    groups = [
+        [
+            _Part(
+                rows=(row,), num_prompts=1, prompt_width=len(row.prompt_ids), completion_width=len(row.completion_ids)
+            )
+            for row in sorted(own, key=lambda row: -len(row.completion_ids))
+        ]
+        for _, own in groupby(sorted(rows, key=lambda row: row.group), key=lambda row: row.group)
+    ]
     # groups of like length side by side: padding is computed too
-    longest: dict[int, int] = {}
-    for row in rows:
-        length = len(row.prompt_ids) + len(row.completion_ids)
-        longest[row.group] = max(longest.get(row.group, 0), length)
-    parts: list[list[_Row]] = []
-    for row in sorted(rows, key=lambda row: (-longest[row.group], row.group, -len(row.completion_ids))):
-        if parts and _padded_tokens([*parts[-1], row]) <= budget:
-            parts[-1].append(row)
+    groups.sort(key=lambda parts: -(parts[0].prompt_width + parts[0].completion_width))
+    pieces = [piece for parts in groups for piece in _evenly_joined(parts, budget)]
+    return [list(part.rows) for part in _evenly_joined(pieces, budget)]
+
+
+def _evenly_joined(parts: Sequence[_Part], budget: int) -> list[_Part]:
+    """Neighbours joined into as few as the budget allows, such that the one that costs most costs the least.
+
+    A part that alone is over the budget stays alone.
+    """
+    found = _joined(parts, budget)
+    if len(found) < 2:
+        return found
+    costs = range(max(part.cost for part in parts), max(part.cost for part in found))
+    # the higher the bound, the fewer the parts: the lowest that needs no more of them is found by halving
+    least = bisect_left(costs, True, key=lambda cost: len(_joined(parts, budget, most=cost)) == len(found))
+    return _joined(parts, budget, most=costs.start + least)
+
+
+def _joined(parts: Sequence[_Part], budget: int, *, most: int | None = None) -> list[_Part]:
+    """Neighbours joined as long as tokens stay within the budget and the cost within `most`; no way needs fewer."""
+    found: list[_Part] = []
+    for part in parts:
+        joined = found[-1].joined(part) if found else part
+        is_within = joined.padded_tokens <= budget and (most is None or joined.cost <= most)
+        if found and is_within:
+            found[-1] = joined
         else:
-            parts.append([row])
-    return parts
-
-
-def _padded_tokens(rows: Sequence[_Row]) -> int:
-    """Tokens of a micro-batch, padding included: each prompt once, each completion."""
-    prompts = len({row.group for row in rows}) * max(len(row.prompt_ids) for row in rows)
-    return prompts + len(rows) * max(len(row.completion_ids) for row in rows)
+            found.append(part)
+    return found
 
 
 def _collate(rows: Sequence[_Row]) -> MicroBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from grpo.config import RunConfig
@@ -27,28 +28,25 @@ class Rows:
 
 
 def largest_micro_batch(config: RunConfig, prompt_tokens: int) -> Rows:
-    """What `build_batch` puts together at most: rows of a group side by side, until the budget is used up."""
-    budget, k, length = config.update.micro_batch_tokens, config.rollout.group_size, config.rollout.max_new_tokens
-    per_group = prompt_tokens + k * length
-    groups, left = divmod(budget, per_group)
-    groups = min(groups, config.prompts.per_step)
-    rest = 0
-    if groups < config.prompts.per_step:
-        rest = min(max((left - prompt_tokens) // length, 0), k)
-    rows = groups * k + rest
-    if rows == 0:
-        return Rows(prompts=1, rows=1, prompt_tokens=prompt_tokens, completion_tokens=length)
-    return Rows(prompts=groups + (rest > 0), rows=rows, prompt_tokens=prompt_tokens, completion_tokens=length)
+    """What `build_batch` puts together at most: whole groups, evenly, or parts of one where the budget is too small."""
+    groups, rows, _ = _packed(config, prompt_tokens)
+    length = config.rollout.max_new_tokens
+    return Rows(prompts=groups, rows=rows, prompt_tokens=prompt_tokens, completion_tokens=length)
 
 
 def count_micro_batches(config: RunConfig, prompt_tokens: int) -> int:
-    """Micro-batches of a step whose rows are all of full length, as `build_batch` packs them one by one."""
+    """Micro-batches of a step whose rows are all of full length."""
+    return _packed(config, prompt_tokens)[2]
+
+
+def _packed(config: RunConfig, prompt_tokens: int) -> tuple[int, int, int]:
+    """Groups and rows of the largest micro-batch, and the number of them."""
     budget, k, length = config.update.micro_batch_tokens, config.rollout.group_size, config.rollout.max_new_tokens
-    count = rows = groups = 0
-    for number in range(config.prompts.per_step * k):
-        begins = number % k == 0
-        if rows and (groups + begins) * prompt_tokens + (rows + 1) * length <= budget:
-            rows, groups = rows + 1, groups + begins
-        else:
-            count, rows, groups = count + 1, 1, 1
-    return count
+    groups = config.prompts.per_step
+    at_most = budget // (prompt_tokens + k * length)
+    if at_most:
+        count = math.ceil(groups / at_most)
+        largest = math.ceil(groups / count)
+        return largest, largest * k, count
+    parts = math.ceil(k / max((budget - prompt_tokens) // length, 1))
+    return 1, math.ceil(k / parts), groups * parts

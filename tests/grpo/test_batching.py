@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from builders import make_batch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from grpo.advantages import Combine
@@ -177,13 +178,94 @@ def test_a_verdict_of_an_objective_that_the_prompt_does_not_ask_for_does_not_kee
     assert [row[4] for row in rows_of(batch)] == [(True, False)]
 
 
-def test_micro_batches_are_cut_where_the_padded_size_would_pass_the_budget() -> None:
-    # a prompt of 2 once, and completions of 8, 4, 4, 3, 1; budget 14: 2 + 8, for 2 + 2 * 8 is too much;
-    # 2 + 3 * 4 = 14 just fits (the 3 is padded); then 2 + 1
+def test_a_group_over_the_budget_is_cut_into_as_few_parts_as_it_allows_of_like_cost() -> None:
+    # a prompt of 2 once, and completions of 8, 4, 4, 3, 1; budget 14: 2 + 8, for 2 + 2 * 8 is too much; then
+    # 2 + 3 * 4 = 14 and 2 + 1 would do, but 2 + 2 * 4 = 10 and 2 + 2 * 3 = 8 (the 1 is padded) cost less at most
     group = make_group([{"a": float(k)} for k in range(5)], lengths=[4, 8, 1, 4, 3])
     batch = batch_of(group, micro_batch_tokens=14)
-    assert [list(part.completion_ids.shape) for part in batch.micro_batches] == [[1, 8], [3, 4], [1, 1]]
+    assert [list(part.completion_ids.shape) for part in batch.micro_batches] == [[1, 8], [2, 4], [2, 3]]
     assert [part.prompt_ids.tolist() for part in batch.micro_batches] == [[[900, 901]]] * 3
+
+
+def test_groups_stay_whole_and_are_spread_evenly_over_the_micro_batches() -> None:
+    # five groups of 2 + 2 * 3 = 8 tokens, budget 36: four fit, so two micro-batches do: three groups and two, where
+    # filling one up first would give four and one
+    groups = [make_group([{"a": 1.0}, {"a": 0.0}], lengths=[3, 3], number=number) for number in range(5)]
+    batch = batch_of(*groups, micro_batch_tokens=36)
+    assert [part.padded_tokens for part in batch.micro_batches] == [24, 16]
+    # room for a group and a half: the next one is not torn, for its prompt would be computed twice
+    batch = batch_of(*groups, micro_batch_tokens=13)
+    assert [part.padded_tokens for part in batch.micro_batches] == [8] * 5
+
+
+def test_what_tokens_attend_to_counts_beside_their_number() -> None:
+    # prompts of 2; budget 9000, so two micro-batches: the row of 4,000 with that of 2,900, or the latter with two more:
+    #   4 + 2 * 4000 = 8,004 tokens, 6144 * 8004 + 2 * 2^2 + 2 * 4000 * 4002 = 81.2 million pairs of query and key
+    #   4 + 3 * 2900 = 8,704 tokens, 6144 * 8704 + 2 * 2^2 + 3 * 2900 * 2902 = 78.7 million: more tokens, less work
+    groups = [
+        make_group([{"a": 1.0}] * len(lengths), lengths=lengths, number=number)
+        for number, lengths in enumerate([[4000], [2900], [2900, 2900]])
+    ]
+    batch = batch_of(*groups, micro_batch_tokens=9000)
+    assert [list(part.completion_ids.shape) for part in batch.micro_batches] == [[1, 4000], [3, 2900]]
+
+
+def cost_of(part: MicroBatch) -> int:
+    """Pairs of query and key, and 6,144 of them for each token that is computed."""
+    (prompts, prompt_width), (rows, width) = part.prompt_ids.shape, part.completion_ids.shape
+    tokens = prompts * prompt_width + rows * width
+    return 6144 * tokens + prompts * prompt_width * prompt_width + rows * width * (prompt_width + width)
+
+
+@settings(max_examples=80, deadline=None)
+@given(groups=groups_of_rows(), budget=st.integers(1, 120))
+def test_no_way_to_join_neighbouring_groups_into_as_few_micro_batches_costs_less_at_most(
+    groups: list[ScoredGroup], budget: int
+) -> None:
+    """Against every way to join them, the greedy one among them."""
+
+    def joined(some: Sequence[ScoredGroup]) -> MicroBatch:
+        (part,) = batch_of(*some, micro_batch_tokens=10_000).micro_batches
+        return part
+
+    scored = [group for group in groups if any(row["a"].value is not None for row in group.verdicts)]
+    alone = sorted(
+        scored,
+        key=lambda group: (
+            -(
+                len(group.rollout.prompt_token_ids)
+                + max(
+                    len(completion.token_ids)
+                    for completion, row in zip(group.rollout.completions, group.verdicts, strict=True)
+                    if row["a"].value is not None
+                )
+            )
+        ),
+    )
+    assume(alone and all(joined([group]).padded_tokens <= budget for group in alone))
+    ways: list[list[MicroBatch]] = []
+    for cuts in itertools.product([False, True], repeat=len(alone) - 1):
+        ends = [place + 1 for place, is_cut in enumerate(cuts) if is_cut]
+        way = [joined(alone[start:end]) for start, end in zip([0, *ends], [*ends, len(alone)], strict=True)]
+        if all(part.padded_tokens <= budget for part in way):
+            ways.append(way)
+    fewest = min(len(way) for way in ways)
+    found = batch_of(*groups, micro_batch_tokens=budget).micro_batches
+    assert len(found) == fewest
+    least = min(max(cost_of(part) for part in way) for way in ways if len(way) == fewest)
+    assert max(cost_of(part) for part in found) == least
+
+
+@settings(max_examples=50, deadline=None)
+@given(groups=groups_of_rows(), budget=st.integers(1, 60))
+def test_a_group_that_the_budget_holds_is_in_one_micro_batch(groups: list[ScoredGroup], budget: int) -> None:
+    found = [
+        {row[0] for row in rows_of_part(part)} for part in batch_of(*groups, micro_batch_tokens=budget).micro_batches
+    ]
+    for group in groups:
+        alone = batch_of(group, micro_batch_tokens=10_000).micro_batches
+        if alone and alone[0].padded_tokens <= budget:
+            assert sum(group.rollout.prompt_token_ids in prompts for prompts in found) == 1
 
 
 def test_a_row_longer_than_the_budget_goes_alone() -> None:
