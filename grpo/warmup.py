@@ -150,8 +150,8 @@ def warm_up(
 
     with (
         tempfile.TemporaryDirectory() as scratch,
-        _generators_kept(),
-        _accelerate_kept(),
+        generators_kept(),
+        accelerate_kept(),
         _model_kept(policy),
         dropout_off(policy.model),
         quiet_transformers(),
@@ -325,7 +325,7 @@ def _model_kept(policy: Policy) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _generators_kept() -> Iterator[None]:
+def generators_kept() -> Iterator[None]:
     """Puts back every global random generator: the trainer seeds them all."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -337,7 +337,7 @@ def _generators_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _accelerate_kept() -> Iterator[None]:
+def accelerate_kept() -> Iterator[None]:
     """Puts back accelerate's state, which the trainer resets; the process group stays as it is."""
     holders = (PartialState, AcceleratorState, GradientState)
     kept = [(holder._shared_state, dict(holder._shared_state)) for holder in holders]

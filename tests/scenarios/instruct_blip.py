@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 LanguageModel = Literal["t5", "opt"]
 VOCABULARY, IMAGE, QUERIES = 64, 60, 4
+ANSWER = (7, 11, 5, 2)
+"""What every labelled example is answered with."""
 
 
 def make_instruct_blip(language_model: LanguageModel) -> nn.Module:
@@ -58,6 +60,23 @@ def with_lora(model: nn.Module, patterns: str | Sequence[str], *, task_type: str
         adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def labelled_examples(count: int) -> list[dict[str, Tensor]]:
+    """Images with a question and the answer that T5 is to give, as transformers' trainers take them."""
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.rand(count, 3, 16, 16, generator=generator)
+    questions = torch.randint(3, IMAGE, (count, 5), generator=generator)
+    image = torch.full((QUERIES,), IMAGE)
+    return [
+        {
+            "pixel_values": seen,
+            "qformer_input_ids": question,
+            "input_ids": torch.cat([image, question]),
+            "labels": torch.tensor(ANSWER),
+        }
+        for seen, question in zip(pixels, questions, strict=True)
+    ]
 
 
 def loss_of(model: nn.Module, *, batch: int = 2) -> Callable[[], Tensor]:

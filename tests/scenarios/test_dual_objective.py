@@ -24,7 +24,7 @@ from grpo.alarms import Alarms
 from grpo.batching import TrainBatch, build_batch
 from grpo.bench.cases import LLAMA, MemoryCase
 from grpo.bench.memory import measure_cases, predict
-from grpo.bench.probe import make_model_folder, random_groups
+from grpo.bench.stages import make_model_folder, random_groups
 from grpo.config import RunConfig
 from grpo.recipe_loader import load_recipe, parse_recipe
 from grpo.rollout.base import SamplingParams
@@ -338,7 +338,7 @@ def test_d_the_three_changes_save_what_the_plan_says_by_torchs_own_count(tmp_pat
         updater, batch = updater_and_batch(fewer, tmp_path / str(number))
         assert (len(batch.micro_batches), batch.num_rows) == (number + 1, 32)
         peaks.append(allocated_at_most(lambda updater=updater, batch=batch: updater.step(batch)))
-        phases = {phase.name: phase for phase in predict(fewer, tmp_path / str(number), device="cpu").phases}
+        phases = {phase.name: phase for phase in predict(fewer, device="cpu").phases}
         planned.append(phases["update"].transient_bytes)
     saved = 1 - peaks[1] / peaks[0]
     assert saved >= 0.6
@@ -347,7 +347,7 @@ def test_d_the_three_changes_save_what_the_plan_says_by_torchs_own_count(tmp_pat
 
 @pytest.mark.slow
 def test_d_the_same_share_is_saved_of_a_processs_own_memory() -> None:
-    measured = measure_cases([BEFORE, AFTER])
+    measured = list(measure_cases([BEFORE, AFTER]))
     saved = 1 - measured[1].peak_bytes / measured[0].peak_bytes
     predicted = 1 - measured[1].predicted_bytes / measured[0].predicted_bytes
     assert saved == pytest.approx(0.6, abs=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from page_snippets import PageReader
 from peft import TaskType
 from run_builders import metrics_of
+from safetensors.torch import load_file
 from scenarios.instruct_blip import LanguageModel, loss_of, make_instruct_blip, with_lora
 
 from grpo.checkpoint import list_checkpoints
 from grpo.diagnostics.findings import Finding
 from grpo.diagnostics.own_model import verify_model
+from grpo.warmup import accelerate_kept, generators_kept
 
 PAGE = Path(__file__).with_name("qformer_lora.md")
 MEANT = r".*qformer.*\.(query|value)"
@@ -103,3 +106,18 @@ def test_skips_in_a_row_end_the_run_with_a_checkpoint_of_every_step(reader: Page
 def test_an_encoder_decoder_is_refused_with_what_there_is_for_it(reader: PageReader) -> None:
     assert reader.follow("What grpo train says") == 1
     assert not (reader.folder / "run").exists()
+
+
+def test_transformers_own_trainer_trains_the_selection_with_labels_and_saves_the_adapters_alone(
+    reader: PageReader,
+) -> None:
+    with generators_kept(), accelerate_kept():
+        assert reader.follow("Labels train it") == 3
+    checkpoints = sorted((reader.folder / "labelled").iterdir())
+    assert [path.name for path in checkpoints] == ["checkpoint-4", "checkpoint-8"]
+    earlier, later = (load_file(path / "adapter_model.safetensors") for path in checkpoints)
+    assert sum(value.numel() for value in later.values()) == 768  # 12 tensors of 64 numbers
+    assert all(".qformer." in name for name in later)
+    assert not any(torch.equal(earlier[name], value) for name, value in later.items())
+    losses = [row["loss"] for row in json.loads((checkpoints[-1] / "trainer_state.json").read_text())["log_history"]]
+    assert losses[-1] < losses[0] - 0.1
