@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grpo.bench.cases import MemoryCase
 from grpo.errors import RunStopped
@@ -72,14 +73,7 @@ def measure_cases(cases: Sequence[MemoryCase], *, device: str = "cpu") -> Iterat
 
 
 def _measured(case: MemoryCase, place: Path, device: str) -> Measured:
-    values = json.dumps(dict(case.model), sort_keys=True)
-    folder = place / hashlib.sha256(f"{values} {case.dtype}".encode()).hexdigest()[:16]
-    if not folder.exists():
-        _child("make", str(folder), values, case.dtype)
-    spec = {"recipe": case.recipe(folder, device=device), "prompt_tokens": case.prompt_tokens}
-    path = place / "spec.json"
-    path.write_text(json.dumps(spec))
-    answer = json.loads(_child(str(path)).strip().splitlines()[-1])
+    answer = probed(case, place, device=device)
     kind = "host_bytes" if device == "cpu" else "device_bytes"
 
     def peaks(kind: str) -> dict[str, int]:
@@ -92,6 +86,29 @@ def _measured(case: MemoryCase, place: Path, device: str) -> Measured:
         predicted=predicted_peaks(case, device=device),
         tokens_per_s=answer["tokens_per_s"],
     )
+
+
+def probed(case: MemoryCase, place: Path, *, device: str, device_limit_bytes: int | None = None) -> dict[str, Any]:
+    """What `grpo.bench.probe` answers of a case, from a process of its own.
+
+    Args:
+        place: a folder for models, which cases share.
+        device_limit_bytes: of the card's memory; all of it where None.
+    Raises:
+        RunStopped: the process failed.
+    """
+    values = json.dumps(dict(case.model), sort_keys=True)
+    folder = place / hashlib.sha256(f"{values} {case.dtype}".encode()).hexdigest()[:16]
+    if not folder.exists():
+        _child("make", str(folder), values, case.dtype)
+    spec = {
+        "recipe": case.recipe(folder, device=device),
+        "prompt_tokens": case.prompt_tokens,
+        "device_limit_bytes": device_limit_bytes,
+    }
+    path = place / "spec.json"
+    path.write_text(json.dumps(spec))
+    return json.loads(_child(str(path)).strip().splitlines()[-1])
 
 
 def predicted_peaks(case: MemoryCase, *, device: str) -> dict[str, int]:

@@ -18,25 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from grpo.batching import build_batch
-from grpo.checkpoint import save_checkpoint
+from grpo.bench.stages import Stages, make_model_folder
 from grpo.config import RunConfig
 from grpo.errors import ConfigError
-from grpo.prompts import EncodedPrompt
 from grpo.recipe_loader import parse_recipe
-from grpo.rollout.base import SamplingParams
-from grpo.rollout.transformers_engine import TransformersEngine
-from grpo.runtime.devices import choose_attention, choose_device, choose_dtype
-from grpo.runtime.models import has_flash_attention, load_model, load_tokenizer
-from grpo.runtime.policy import Policy
-from grpo.runtime.quantization import quantize
-from grpo.types import Completion, Message, Prompt, RolloutGroup, ScoredGroup, Verdict
-from grpo.update.beta import FixedBeta
-from grpo.update.forward import reference_logprobs
-from grpo.update.step import Updater
+from grpo.runtime.devices import choose_device
 
 WARM_UP_MODEL = {
     "model_type": "llama",
@@ -91,121 +78,33 @@ def _resident(what: str) -> int:
     raise ConfigError(f"/proc/self/status has no {what}: peaks of host memory are read on Linux only")
 
 
-def make_model_folder(folder: Path, values: Mapping[str, Any], dtype: str) -> None:
-    """A model of random weights in `folder`, as `save_pretrained` leaves it. Args: values: of its config.json."""
-    values = dict(values)
-    config = AutoConfig.for_model(values.pop("model_type"), **values, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
-    backend = Tokenizer(models.WordLevel({str(token): token for token in range(256)}, unk_token="0"))
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="1", eos_token="2", pad_token="0").save_pretrained(
-        folder
-    )
-
-
 def run_stages(config: RunConfig, *, prompt_tokens: int, meter: PeakMeter) -> None:
     """Every stage of a run, the update twice: from the second step on the optimizer's moments are there."""
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
-    parts: dict[str, Any] = {}
-
-    def load() -> None:
-        flash = has_flash_attention(config.model, base_dir=config.base_dir)
-        attention = choose_attention(config.attention, device, dtype, model_has_flash=flash)
-        model = load_model(config.model, dtype=dtype, base_dir=config.base_dir, attention=attention)
-        if config.quantization != "none":
-            model = quantize(model, device=device, compute_dtype=dtype)
-        model = model.to(device)  # pyright: ignore[reportArgumentType]
-        parts["vocabulary"] = model.config.get_text_config().vocab_size
-        parts["policy"] = Policy(model, config.trainable, seed=config.seed)
-
-    meter("load", load)
-    policy: Policy = parts["policy"]
-    tokenizer = load_tokenizer(config.model, base_dir=config.base_dir)
-    rollout = config.rollout
-    params = SamplingParams(
-        end_token_ids=(2,),
-        max_new_tokens=rollout.max_new_tokens,
-        min_new_tokens=rollout.max_new_tokens - 1,  # the longest there can be, which is what has to fit
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-    )
-    engine: TransformersEngine = meter(
-        "engine",
-        lambda: TransformersEngine(
-            policy, tokenizer, max_rows=rollout.max_rows, max_batch_tokens=rollout.max_batch_tokens
-        ),
-    )
-    updater = Updater(
-        policy,
-        {name: FixedBeta(value=0.02) for name in config.objectives},
-        observed=dict.fromkeys(config.objectives, "k3"),
-        params=SamplingParams(end_token_ids=(2,), max_new_tokens=rollout.max_new_tokens),
-        update=config.update,
-        optim=config.optim,
-    )
-    groups = random_groups(config, prompt_tokens=prompt_tokens, vocabulary=parts["vocabulary"])
-    batch = build_batch(
-        groups,
-        {name: objective.weight for name, objective in config.objectives.items()},
-        combine="decoupled",
-        scale="group",
-        micro_batch_tokens=config.update.micro_batch_tokens,
-        max_new_tokens=rollout.max_new_tokens,
-    )
-    prompts = [EncodedPrompt(prompt=g.rollout.prompt, token_ids=g.rollout.prompt_token_ids) for g in groups]
+    stages = Stages(config, prompt_tokens=prompt_tokens)
+    meter("load", stages.load)
+    meter("engine", stages.make_engine)
+    stages.prepare()
     for _ in range(2):
-        meter(
-            "sampling", lambda: list(engine.sample(prompts, config.rollout.group_size, params=params, seed=config.seed))
-        )
-        meter(
-            "reference",
-            lambda: reference_logprobs(policy, batch.micro_batches[0].to(policy.device), updater._params).sum(),
-        )
-        meter("update", lambda: updater.step(batch))
-        meter("sync", lambda: engine.load_weights(policy))
+        meter("sampling", stages.sample)
+        meter("reference", stages.reference)
+        meter("update", stages.update)
+        meter("sync", stages.sync)
     with tempfile.TemporaryDirectory() as folder:
-        meter("checkpoint", lambda: save_checkpoint(Path(folder), updater, step=1, keep=1))
-
-
-def random_groups(config: RunConfig, *, prompt_tokens: int, vocabulary: int) -> list[ScoredGroup]:
-    """A step's groups: prompts and completions of random tokens and full length, random scores."""
-    generator = torch.Generator().manual_seed(config.seed)
-
-    def tokens(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(3, vocabulary, (count,), generator=generator).tolist())
-
-    names, length = tuple(config.objectives), config.rollout.max_new_tokens
-    groups: list[ScoredGroup] = []
-    for number in range(config.prompts.per_step):
-        completions = tuple(
-            Completion(token_ids=tokens(length), text="", sampler_logprobs=(-1.0,) * length, finish_reason="length")
-            for _ in range(config.rollout.group_size)
-        )
-        prompt = Prompt(id=str(number), messages=(Message(role="user", content=""),), objectives=names)
-        scores = torch.rand(len(completions), len(names), generator=generator).tolist()
-        groups.append(
-            ScoredGroup(
-                rollout=RolloutGroup(prompt=prompt, prompt_token_ids=tokens(prompt_tokens), completions=completions),
-                verdicts=tuple(
-                    {name: Verdict(value=score, parts={}) for name, score in zip(names, row, strict=True)}
-                    for row in scores
-                ),
-            )
-        )
-    return groups
+        meter("checkpoint", lambda: stages.save(Path(folder)))
 
 
 def run_probe(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Peaks and times of one configuration.
 
     Args:
-        spec: `recipe` (a recipe's keys and values, its `model` a folder), `prompt_tokens`, and `model_config` for a
-            folder that has to be made.
+        spec: `recipe` (a recipe's keys and values, its `model` a folder), `prompt_tokens`, and `device_limit_bytes`,
+            what torch may take of the card (all of it where None).
     """
     folder = Path(spec["recipe"]["model"])
     config = parse_recipe(spec["recipe"], base_dir=folder.parent, source="the memory configuration")
     device = choose_device(config.device)
+    if (limit := spec["device_limit_bytes"]) is not None and device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
     with tempfile.TemporaryDirectory() as place:
         small = Path(place) / "small"
         make_model_folder(small, WARM_UP_MODEL, "float32")

@@ -16,7 +16,7 @@ from allocations import allocated_at_most
 from grpo.batching import build_batch
 from grpo.bench.cases import CASES, MemoryCase
 from grpo.bench.memory import predict
-from grpo.bench.probe import make_model_folder, random_groups
+from grpo.bench.stages import make_model_folder, random_groups
 from grpo.recipe_loader import parse_recipe
 from grpo.rollout.base import SamplingParams
 from grpo.runtime.models import load_model
