@@ -61,9 +61,14 @@ class Journal:
     """
 
     def __init__(self, folder: Path, *, rank: int, audit_path: Path | None = None) -> None:
-        """Touch nothing. Args: audit_path: synced before a step is sealed, so that no judgement is kept unaudited."""
+        """Touch nothing.
+
+        Args: audit_path: synced before a step is sealed, so that no judgement is kept unaudited; and before a verdict
+            is, so that none outlives a crash without its price.
+        """
         self.folder = folder
         self._rank, self._audit_path = rank, audit_path
+        self._is_audit_named = False  # whether its name is on the disk
         self._chapter = ""
         self._file: LineFile | None = None
         self._writing, self._syncing = threading.Lock(), threading.Lock()
@@ -153,9 +158,7 @@ class Journal:
     def sync(self) -> None:
         """Wait until the audit and all records of this rank are on the disk. Raises StorageError."""
         self.check()
-        if self._audit_path is not None and self._audit_path.exists():
-            with storage_errors(self._audit_path):
-                fsync_file(self._audit_path)
+        self._sync_audit()
         self._sync()
 
     def seal(
@@ -239,8 +242,17 @@ class Journal:
             with self._writing:
                 file, written = self._file, self._num_written
             if file is not None:
+                self._sync_audit()
                 file.sync()
             self._num_synced = written
+
+    def _sync_audit(self) -> None:
+        if self._audit_path is not None and self._audit_path.exists():
+            with storage_errors(self._audit_path):
+                fsync_file(self._audit_path)
+                if not self._is_audit_named:
+                    fsync_folder(self._audit_path.parent)
+                    self._is_audit_named = True
 
 
 class _Kept:

@@ -1,7 +1,8 @@
 """Every judgement -> one line of JSON, appended. Knows no secrets: nobody hands it any.
 
 A line may also say how much money a budget has booked since the last such line: that is how a resumed run knows what
-has been spent (`judges.budget`).
+has been spent (`judges.budget`). It is written as each call ends, before its verdict is used or kept anywhere: whoever
+has the verdict after a kill has its price too, once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +84,8 @@ class Booking:
 class AuditLog:
     """Owns one JSONL file, opened at the first line. Lines are whole: one write each, none after a torn one.
 
-    Use: `await audit.append(record)` as often as you like, from many tasks; `audit.close()` at the end.
+    Use: `await audit.append(record)` as often as you like, from many tasks; `audit.append_booking()` as a call ends;
+    `audit.close()` at the end.
     """
 
     def __init__(self, path: Path, *, take_booking: Callable[[], Booking | None] | None = None) -> None:
@@ -93,6 +95,7 @@ class AuditLog:
         """The training step that records belong to from now on; None outside of training."""
         self._session = secrets.token_hex(4)  # tells a step that was run again after a crash from its first run
         self._take_booking = take_booking
+        self._owed: list[Booking] = []  # taken from the budget, and not yet written down
         self._file: int | None = None
 
     async def append(self, record: AuditRecord) -> None:
@@ -101,7 +104,15 @@ class AuditLog:
         Raises:
             AuditFailed: the line could not be written.
         """
-        await asyncio.to_thread(self._write, record)
+        await asyncio.to_thread(self._write_lines, [{**self._place(), **asdict(record)}])
+
+    def append_booking(self) -> None:
+        """Write down what a budget has booked since the last line, if anything; the kernel has it on return.
+
+        Raises:
+            AuditFailed: it could not be written; the next line will say it.
+        """
+        self._write_lines([])
 
     def close(self) -> None:
         """Sync and close; the next line would open the file again.
@@ -109,9 +120,7 @@ class AuditLog:
         Raises:
             AuditFailed: what a budget has booked since the last line could not be written.
         """
-        booking = self._take_booking() if self._take_booking else None
-        if booking is not None:
-            self._write_lines([{**self._place(), "booking": asdict(booking)}])
+        self.append_booking()
         with _WRITING:
             file, self._file = self._file, None
             if file is not None:
@@ -120,28 +129,37 @@ class AuditLog:
                 finally:
                     os.close(file)
 
-    def _write(self, record: AuditRecord) -> None:
-        lines: list[dict[str, Any]] = [{**self._place(), **asdict(record)}]
-        booking = self._take_booking() if self._take_booking else None
-        if booking is not None:
-            lines.append({**self._place(), "booking": asdict(booking)})
-        self._write_lines(lines)
-
     def _place(self) -> dict[str, Any]:
         return {"session": self._session, "step": self.step}
 
-    def _write_lines(self, lines: list[dict[str, Any]]) -> None:
-        content = b"".join(json.dumps(line, ensure_ascii=True, allow_nan=False).encode() + b"\n" for line in lines)
+    def _write_lines(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """In one write, with what a budget has booked behind them."""
+        with _WRITING:
+            booking = self._take_booking() if self._take_booking else None
+            self._owed += [booking] if booking is not None else []
+            lines = [*lines, *({**self._place(), "booking": asdict(booking)} for booking in self._owed)]
+            content = b"".join(json.dumps(line, ensure_ascii=True, allow_nan=False).encode() + b"\n" for line in lines)
+            try:
+                self._write(content)
+            except OSError as exc:
+                raise AuditFailed(
+                    f"the audit {self.path} cannot be written: {exc}. {len(content)} bytes were to be written. Free "
+                    "space, or choose another path."
+                ) from exc
+            self._owed = []
+
+    def _write(self, content: bytes) -> None:
+        if not content:
+            return
+        if self._file is None:
+            self._file = _open_at_line_start(self.path)
         try:
-            with _WRITING:
-                if self._file is None:
-                    self._file = _open_at_line_start(self.path)
-                while content:
-                    content = content[os.write(self._file, content) :]
-        except OSError as exc:
-            raise AuditFailed(
-                f"the audit {self.path} cannot be written: {exc}. Free space, or choose another path."
-            ) from exc
+            while content:
+                content = content[os.write(self._file, content) :]
+        except OSError:
+            file, self._file = self._file, None
+            os.close(file)  # a line may be torn: who opens the file again, ends it
+            raise
 
 
 def read_audit(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from judges.audit import Booking
@@ -28,19 +28,30 @@ class MoneyBudget:
     Money is counted in whole 1e-12 of its unit, rounded up: sums of floats would drift past a cap.
     """
 
-    def __init__(self, config: BudgetConfig, *, judge: str, spent: float = 0.0, num_processes: int = 1) -> None:
+    def __init__(
+        self,
+        config: BudgetConfig,
+        *,
+        judge: str,
+        spent: float = 0.0,
+        spent_in_step: Mapping[int, float] | None = None,
+        num_processes: int = 1,
+    ) -> None:
         """Start with nothing set aside.
 
         Args:
             config: the caps.
             judge: names the budget in the audit.
             spent: by earlier parts of the same run (`spent_according_to`).
+            spent_in_step: step -> how much of it was for this step: one that was cut short has so much less left.
             num_processes: that share the caps; each has an equal part of what is left, since none sees the others.
         """
         self.config = config
         self.judge = judge
-        self._run_cap = None if config.per_run is None else _down(max(0.0, config.per_run - spent) / num_processes)
-        self._step_cap = None if config.per_step is None else _down(config.per_step / num_processes)
+        self._num_processes = num_processes
+        self._spent_in_step = dict(spent_in_step or {})
+        self._run_cap = self._what_is_left(config.per_run, spent)
+        self._step_cap = self._what_is_left(config.per_step, 0.0)
         self._changing = threading.Lock()
         self._step: int | None = None
         self._run_spent = 0
@@ -65,7 +76,12 @@ class MoneyBudget:
         with self._changing:
             if step != self._step:
                 self._step, self._step_spent = step, 0
+                self._step_cap = self._what_is_left(self.config.per_step, self._spent_in_step.get(step, 0.0))
                 self._wake()
+
+    def _what_is_left(self, cap: float | None, spent: float) -> int | None:
+        """This process's part of a cap, of which earlier parts of the run have spent something."""
+        return None if cap is None else _down(max(0.0, cap - spent) / self._num_processes)
 
     async def wait_for_room(self, upper_bound: float) -> None:
         """Wait while only calls in flight stand in the way: they rarely cost what was set aside for them."""
@@ -88,9 +104,11 @@ class MoneyBudget:
         with self._changing:
             if (cap := self._full_cap(parts)) is not None:
                 name, most, spent = cap
+                whole = getattr(self.config, name)
+                part = f", what is left of {whole:.6g} for this process" if most < _down(whole) else ""
                 raise BudgetExceeded(
                     f"budget.{name} is reached: {spent / PARTS:.6g} spent, {self._set_aside / PARTS:.6g} set aside "
-                    f"for calls in flight, and the next may cost {upper_bound:.6g}; the cap is {most / PARTS:.6g}"
+                    f"for calls in flight, and the next may cost {upper_bound:.6g}; the cap is {most / PARTS:.6g}{part}"
                 )
             self._set_aside += parts
         return Reserved(self, parts)
@@ -152,10 +170,26 @@ class Reserved:
 def spent_according_to(lines: Iterable[Mapping[str, Any]], *, judge: str) -> float:
     """What one judge has spent by an audit's lines (`judges.audit.read_audit`).
 
-    A process that was killed has not written down its calls in flight: so much may be missing, and no more.
+    A call is written down as it ends. A process that was killed has not written down those in flight: so much may be
+    missing, and no more.
     """
-    bookings = [line["booking"] for line in lines if "booking" in line]
-    return math.fsum(booking["amount"] for booking in bookings if booking["judge"] == judge)
+    return math.fsum(amount for _, amount in _bookings(lines, judge=judge))
+
+
+def spent_in_steps_according_to(lines: Iterable[Mapping[str, Any]], *, judge: str) -> dict[int, float]:
+    """Training step -> what one judge has spent in it; an evaluation is no step."""
+    amounts: dict[int, list[float]] = {}
+    for step, amount in _bookings(lines, judge=judge):
+        if step is not None:
+            amounts.setdefault(step, []).append(amount)
+    return {step: math.fsum(found) for step, found in amounts.items()}
+
+
+def _bookings(lines: Iterable[Mapping[str, Any]], *, judge: str) -> Iterator[tuple[int | None, float]]:
+    for line in lines:
+        booking = line.get("booking")
+        if booking is not None and booking["judge"] == judge:
+            yield line.get("step"), booking["amount"]
 
 
 def _end_wait(waiter: asyncio.Future[None]) -> None:

@@ -18,7 +18,7 @@ from judges.audit_record import audit_record
 from judges.clients.base import JudgeClient
 from judges.config import JudgeConfig, Penalise
 from judges.ensemble import combine
-from judges.errors import InvalidVerdict, JudgeConfigError, JudgeFailure
+from judges.errors import AuditFailed, InvalidVerdict, JudgeConfigError, JudgeFailure
 from judges.exchange import Exchange
 from judges.flights import GRACE_S, Flight
 from judges.identity import judgement_hashes, rubric_sha256
@@ -106,7 +106,7 @@ class JudgePool:
             One judgement per request, in the requests' order.
         Raises:
             JudgeConfigError: the client found a setting wrong or a secret missing.
-            AuditFailed: a verdict could not be written down.
+            AuditFailed: a verdict, or a call's money, could not be written down.
         """
         deadline = asyncio.get_running_loop().time() + self._config.deadline_s
         with_text = [request for request in requests if not is_blank(request.completion)]
@@ -193,7 +193,7 @@ class JudgePool:
                 continue
             except JudgeFailure as failure:
                 asking.note_failure(lane, failure, clock())
-            except JudgeConfigError:
+            except (JudgeConfigError, AuditFailed):
                 raise
             except Exception as exc:  # noqa: BLE001 - a client's bug must cost one verdict, not the run
                 asking.note_failure(lane, JudgeFailure(f"{type(exc).__name__}: {exc}"), clock())
@@ -257,6 +257,10 @@ class JudgePool:
             return await lane.ask(chat, read, calls=asking.calls, is_extra=is_extra, is_hedge=is_hedge, sent=sent)
         finally:
             tally.was_asked = tally.was_asked or sent.is_set()
+            if self._budget is not None and self._audit is not None:
+                # in this thread, before anybody can keep the verdict: the kernel takes a line in microseconds, and a
+                # verdict that outlives a kill without its price would be free of charge for the resumed run
+                self._audit.append_booking()
 
     async def _from_cache(self, asking: Asking) -> Answer | None:
         """A verdict that was kept, by the most preferred endpoint that has one."""

@@ -48,10 +48,18 @@ class Budget(Protocol):
 
 
 class AuditSink(Protocol):
-    """Where every judgement is written down."""
+    """Where every judgement is written down, and every call's money."""
 
     async def append(self, record: AuditRecord) -> None:
         """Write one record.
+
+        Raises:
+            AuditFailed: it could not be written.
+        """
+        ...
+
+    def append_booking(self) -> None:
+        """Write down at once what the budget has booked. Asked only where there is a budget, as each call ends.
 
         Raises:
             AuditFailed: it could not be written.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from judges.audit import AuditLog, read_audit
-from judges.budget import MoneyBudget, spent_according_to
+from judges.budget import MoneyBudget, spent_according_to, spent_in_steps_according_to
 from judges.cache import SqliteCache
 from judges.clients.base import JudgeClient
 from judges.config import JudgeConfig, Penalise
@@ -274,9 +274,16 @@ def _new_budget(config: JudgeConfig, audit_path: Path | None, *, num_processes: 
     if config.budget is None:
         return None
     name = _judge_name(config)
-    lines = read_audit(audit_path) if audit_path is not None and audit_path.is_file() else []
+
+    def lines() -> Iterable[Mapping[str, Any]]:  # anew each time: an audit may be long
+        return read_audit(audit_path) if audit_path is not None and audit_path.is_file() else ()
+
     return MoneyBudget(
-        config.budget, judge=name, spent=spent_according_to(lines, judge=name), num_processes=num_processes
+        config.budget,
+        judge=name,
+        spent=spent_according_to(lines(), judge=name),
+        spent_in_step=spent_in_steps_according_to(lines(), judge=name),
+        num_processes=num_processes,
     )
 
 

@@ -32,6 +32,9 @@ from grpo.journal import Journal
 from grpo.runtime.models import load_model
 from grpo.update.beta import BandBeta
 from grpo.update.step import Updater
+from judges.audit import AuditLog, read_audit
+from judges.budget import MoneyBudget, spent_according_to
+from judges.config import BudgetConfig
 from judges.types import Verdict
 
 PACKAGES = [Path(__file__).parents[2] / name for name in ("grpo", "rewards", "judges")]
@@ -270,6 +273,29 @@ def test_what_was_sealed_in_the_journal_and_every_verdict_that_was_put_survive_a
     assert sealed is not None
     assert sealed.groups == (group,)
     assert sealed.judge_figures == {"judge/calls": 1.0}
+
+
+def test_a_verdict_that_survives_a_crash_has_its_price_in_the_audit(tmp_path: Path) -> None:
+    root = tmp_path / "disk"
+    (root / "run").mkdir(parents=True)
+    disk, budget = CrashDisk(root), MoneyBudget(BudgetConfig(per_run=1.0), judge="j")
+    verdict = Verdict(scores=(0.5,), raws=("half",), endpoint="here", usage=None, cost=0.25)
+    with watched(root.resolve(), disk.around):
+        audit = AuditLog(root / "run" / "judge_audit.jsonl", take_booking=budget.take_booking)
+        journal = Journal(root / "run" / "journal", rank=0, audit_path=audit.path)
+        journal.open_chapter("step-1")
+        for number in range(3):
+            budget.reserve(0.5).settle(0.25)
+            audit.append_booking()
+            asyncio.run(journal.put(f"question {number}", verdict))
+            left = tmp_path / f"left-{number}"
+            disk.leave(left, names="synced", contents="synced")
+            kept = Journal(left / "run" / "journal", rank=0)
+            assert kept.open_chapter("step-1") == []
+            assert len(kept.bought_before()) == number + 1
+            assert spent_according_to(read_audit(left / "run" / audit.path.name), judge="j") == 0.25 * (number + 1)
+        journal.close()
+    audit.close()
 
 
 def test_the_shim_would_notice_a_save_that_does_not_sync(run_dir: Path, updater: Updater, tmp_path: Path) -> None:

@@ -25,10 +25,11 @@ from judges import (
     Usage,
 )
 from judges.audit import AuditRecord, read_audit
-from judges.budget import MoneyBudget, spent_according_to
+from judges.budget import MoneyBudget, spent_according_to, spent_in_steps_according_to
 from judges.clients.scripted import verdict_for
 from judges.config import BudgetConfig, PriceConfig
-from judges.errors import BudgetExceeded
+from judges.errors import AuditFailed, BudgetExceeded
+from judges.types import Verdict
 
 
 def make_budget(*, per_run: float | None = None, per_step: float | None = None, **settings: Any) -> MoneyBudget:
@@ -85,8 +86,18 @@ def test_the_cap_of_a_step_is_whole_again_in_the_next_and_the_runs_is_not() -> N
 def test_processes_that_share_a_cap_have_equal_parts_of_what_is_left() -> None:
     budget = make_budget(per_run=2.0, per_step=1.0, spent=1.0, num_processes=2)
     budget.reserve(0.5).settle(0.5)
-    with pytest.raises(BudgetExceeded):
+    with pytest.raises(BudgetExceeded, match=r"the cap is 0.5, what is left of 2 for this process"):
         budget.reserve(0.01)
+
+
+def test_a_step_that_was_cut_short_has_left_what_it_had_not_spent_and_the_next_its_whole_cap() -> None:
+    budget = make_budget(per_step=1.0, spent=2.75, spent_in_step={6: 1.0, 7: 0.75})
+    budget.begin_step(7)
+    budget.reserve(0.25).settle(0.25)
+    with pytest.raises(BudgetExceeded, match=r"per_step is reached: 0.25 spent, .*the cap is 0.25, what is left of 1"):
+        budget.reserve(0.01)
+    budget.begin_step(8)
+    budget.reserve(1.0).settle(1.0)
 
 
 def test_a_call_waits_for_those_in_flight_only_where_their_end_can_make_room() -> None:
@@ -163,9 +174,9 @@ PRICE = PriceConfig(input=10.0, output=100.0)  # 100 tokens read + 10 written: 0
 ENDPOINT = EndpointConfig(url="http://127.0.0.1:9/v1", model="m", price=PRICE)
 
 
-def make_config(**settings: Any) -> JudgeConfig:
+def make_config(*, concurrency: int = 16) -> JudgeConfig:
     return JudgeConfig(
-        endpoints=(ENDPOINT,), rubric="fairness", max_tokens=20, backoff_s=0.001, concurrency=16, **settings
+        endpoints=(ENDPOINT,), rubric="fairness", max_tokens=20, backoff_s=0.001, concurrency=concurrency
     )
 
 
@@ -223,6 +234,53 @@ def test_a_resumed_run_knows_what_was_spent_and_by_whom(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"booking": {"jud')  # torn by a crash
     assert spent_according_to(read_audit(path), judge="j") == 0.625
+
+
+def test_a_resumed_run_knows_how_much_of_it_was_for_which_step(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    for step, amount in ((None, 0.5), (1, 0.25), (2, 0.125), (1, 1.0)):
+        budget = make_budget(per_run=9.0)
+        audit = AuditLog(path, take_booking=budget.take_booking)
+        audit.step = step
+        budget.reserve(1.0).settle(amount)
+        audit.append_booking()
+    assert spent_in_steps_according_to(read_audit(path), judge="j") == {1: 1.25, 2: 0.125}
+    assert spent_in_steps_according_to(read_audit(path), judge="another") == {}
+
+
+def test_a_calls_money_is_in_the_audit_before_its_verdict_is_kept_anywhere(tmp_path: Path) -> None:
+    """Where the process is killed in between, the resumed run has paid for what it has, once."""
+    budget = make_budget(per_run=1.0)
+    audit = AuditLog(tmp_path / "audit.jsonl", take_booking=budget.take_booking)
+    booked_at: list[float] = []
+
+    class Kept:
+        async def get(self, key: str) -> Verdict | None:
+            return None
+
+        async def put(self, key: str, verdict: Verdict) -> None:
+            booked_at.append(spent_according_to(read_audit(audit.path), judge="j"))
+
+    client = Billing(Usage(prompt_tokens=100, completion_tokens=10))
+    pool = JudgePool(client=client, config=make_config(concurrency=1), budget=budget, audit=audit, cache=Kept())
+    asyncio.run(pool.judge(make_requests(3)))
+    assert booked_at == pytest.approx([0.002, 0.004, 0.006])  # each call as it ends, the failed ones at 0
+    audit.close()
+    assert spent_according_to(read_audit(audit.path), judge="j") == pytest.approx(client.billed)
+
+
+def test_what_could_not_be_booked_is_booked_by_the_next_line(tmp_path: Path) -> None:
+    budget = make_budget(per_run=1.0)
+    (tmp_path / "run").write_text("in the way of the folder")
+    audit = AuditLog(tmp_path / "run" / "audit.jsonl", take_booking=budget.take_booking)
+    budget.reserve(0.5).settle(0.5)
+    with pytest.raises(AuditFailed, match="bytes were to be written"):
+        audit.append_booking()
+    (tmp_path / "run").unlink()
+    budget.reserve(0.25).settle(0.25)
+    asyncio.run(audit.append(RECORD))
+    audit.close()
+    assert spent_according_to(read_audit(audit.path), judge="j") == 0.75
 
 
 RECORD = AuditRecord(
