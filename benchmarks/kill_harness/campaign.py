@@ -2,15 +2,14 @@
 
 A kill comes at a time or at a phase, from outside (SIGKILL), or right before a file operation in a phase. What is on
 the disk after it is held against the phase; the finished run's files against the undisturbed run's, bit for bit; and
-the judge's own count against the undisturbed run's: more questions than were in flight at the kills were bought twice.
+the judge's own account against the run's: more questions than were in flight at the kills were bought twice, every
+answer that was used is in the audit, and so is what it has cost.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import re
 import select
 import signal
 import time
@@ -18,77 +17,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
-import yaml
-from kill_harness.counting_judge import CountingJudge
-from kill_harness.nursery import AtOperation, Nursery
+from kill_harness.counting_judge import Asked, CountingJudge, count
+from kill_harness.evidence import booked, differences, evidence, unaudited
+from kill_harness.kills import Kill
+from kill_harness.nursery import Nursery
+from kill_harness.recipe import CONCURRENCY, PRICE
 
-from grpo.checkpoint import latest_checkpoint
-
-PHASES = ("rollout", "judging", "journal", "backward", "optimizer", "checkpoint_write", "rename", "rotation")
-"""Every one gets its kills; beside them there is "start" (before the first phase is told) and "between"."""
-OPERATIONS = {
-    "rollout": 6, "judging": 6, "journal": 3, "backward": 1, "optimizer": 1, "checkpoint_write": 20, "rename": 6,
-    "rotation": 12,
-}  # fmt: skip
-"""Phase -> file operations that it has at least, more or less; a kill before one that does not come, comes at its
-end."""
-CONCURRENCY = 4
-"""Calls that may be in flight at a kill."""
-JUDGE_DELAY_S = 0.02
 TIMEOUT_S = 120.0
-_NONCE = re.compile(r'"nonce": "[0-9a-f]+"')
-
-
-def write_recipe(folder: Path, model: Path, judge: CountingJudge, *, steps: int = 4, full: bool = False) -> Path:
-    """Two objectives, one of them judged; betas that move, a learning rate that falls, groups that are sampled again.
-
-    Args: full: all weights learn, instead of an adapter.
-    """
-    endpoint = {"url": judge.url, "model": "demo-judge"}
-    judged = {"endpoint": endpoint, "rubric": "fairness", "concurrency": CONCURRENCY}
-    length = {"name": "length", "params": {"target_tokens": 2, "limit_tokens": 8}}
-    beta = {"type": "band", "initial": 0.05, "low": 0.001, "high": 0.01}
-    recipe = {
-        "model": str(model),
-        "steps": steps,
-        "output_dir": "run",
-        "device": "cpu",
-        "prompts": {"type": "file", "path": "train.jsonl", "held_out_path": "test.jsonl", "per_step": 2},
-        "objectives": {
-            "fair": {"rewards": [{"name": "judged", "params": judged}, length], "beta": beta},
-            "short": {"rewards": [length], "beta": beta},
-        },
-        "rollout": {"group_size": 4, "max_new_tokens": 8, "resample_rounds": 1},
-        "optim": {"learning_rate": 1e-2, "schedule": "linear"},
-        "trainable": {"type": "full"} if full else {"type": "lora", "rank": 2},
-        "eval": {"num_prompts": 2},
-        "checkpoint": {"every": 2, "keep": 1},
-    }
-    for name, first, count in (("train", 0, 7), ("test", 100, 4)):
-        rows = [
-            {"id": f"p{n}", "prompt": f"Who is {n}?", "reference": "Ann", "objectives": ["fair", "short"][: 1 + n % 2]}
-            for n in range(first, first + count)
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kill:
-    """When a run is to be killed."""
-
-    kind: Literal["time", "phase", "operation"]
-    after_s: float = 0.0
-    """Since the run's start, or the phase's."""
-    phase: str = ""
-    occurrence: int = 1
-    """Of the phase in this process, from 1."""
-    operation: int = 1
-    """Of the file operation in the phase, from 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +53,10 @@ class Outcome:
     """Questions beyond those that the undisturbed run asked."""
     num_missing: int = 0
     """Questions that the undisturbed run asked, and this one did not: nothing may have been taken from elsewhere."""
+    unaudited: list[str] = field(default_factory=list)
+    """Questions that were asked, and whose answers are not in the audit."""
+    unbooked: float = 0.0
+    """What the judge has billed beyond what the run has booked, in the price of its dearest call."""
     resumed_s: list[float] = field(default_factory=list)
 
     leftovers: list[str] = field(default_factory=list)
@@ -135,6 +75,10 @@ class Outcome:
             found.append(f"{self.num_repeated} questions were asked again after {self.num_kills} kills")
         if self.num_missing:
             found.append(f"{self.num_missing} questions of the undisturbed run were never asked")
+        if self.unaudited:
+            found.append(f"{len(self.unaudited)} questions were answered, but the audit does not hold it")
+        if not -1e-6 <= self.unbooked <= self.num_repeated + 1e-6:  # what was in flight at a kill was never received
+            found.append(f"{self.unbooked:g} calls were billed beyond those booked, {self.num_repeated} asked twice")
         return found
 
 
@@ -144,6 +88,7 @@ class Undisturbed:
 
     run_dir: Path
     asked: Counter[str]
+    """Question -> how often."""
     seconds: float
     """From its fork to its end."""
     phases: list[tuple[str, float]]
@@ -182,13 +127,13 @@ class Campaign:
             raise RuntimeError(f"an undisturbed run ended with {code}:\n{self._output.read_text()}")
         ends = [begin for _, begin in phases[1:]] + [begun + seconds]
         timed = [(phase, end - begin) for (phase, begin), end in zip(phases, ends, strict=True)]
-        return Undisturbed(run_dir=run_dir, asked=self._judge.take_asked(), seconds=seconds, phases=timed)
+        return Undisturbed(run_dir=run_dir, asked=count(self._judge.take_asked()), seconds=seconds, phases=timed)
 
     def survive(self, kills: Sequence[Kill]) -> Outcome:
         """Kill a new run at each of them, resume it each time, and let it finish."""
         self._number += 1
         run_dir = self._folder / f"killed-{self._number}"
-        outcome, asked = Outcome(), Counter[str]()
+        outcome, asked = Outcome(), list[Asked]()
         for kill in kills:
             code, phase, _ = self._run(run_dir, resume=(run_dir / "config.yaml").exists(), kill=kill)
             new = self._judge.take_asked()
@@ -200,7 +145,7 @@ class Campaign:
                 return outcome
             proof, contradiction = evidence(run_dir, phase)
             outcome.deaths.append(
-                Death(kill=kill, phase=phase, proof=proof, contradiction=contradiction, num_bought=new.total())
+                Death(kill=kill, phase=phase, proof=proof, contradiction=contradiction, num_bought=len(new))
             )
             if phase == "done":
                 break
@@ -217,8 +162,11 @@ class Campaign:
         outcome.differences += differences(self.undisturbed.run_dir, run_dir)
         kept = {path.name for path in (self.undisturbed.run_dir / "checkpoints").iterdir()}
         outcome.leftovers = sorted({path.name for path in (run_dir / "checkpoints").iterdir()} - kept)
-        outcome.num_repeated = (asked - self.undisturbed.asked).total()
-        outcome.num_missing = (self.undisturbed.asked - asked).total()
+        outcome.num_repeated = (count(asked) - self.undisturbed.asked).total()
+        outcome.num_missing = (self.undisturbed.asked - count(asked)).total()
+        outcome.unaudited = unaudited(run_dir, asked, self.undisturbed.asked)
+        costs = [one.cost(PRICE) for one in asked]
+        outcome.unbooked = (sum(costs) - booked(run_dir)) / max(costs)
         return outcome
 
     def interrupt(
@@ -274,9 +222,6 @@ class Campaign:
         self, run_dir: Path, *, resume: bool, kill: Kill | None = None, learn_imports: bool = False
     ) -> tuple[int, str, list[tuple[str, float]]]:
         """Exit code, last phase, and the phases with the time at which each began."""
-        at_operation = None
-        if kill is not None and kill.kind == "operation":
-            at_operation = AtOperation(phase=kill.phase, occurrence=kill.occurrence, operation=kill.operation)
         reader = os.open(self._pipe, os.O_RDONLY | os.O_NONBLOCK)
         phases: list[tuple[str, float]] = []
         try:
@@ -285,7 +230,7 @@ class Campaign:
                 run_dir=run_dir,
                 output=self._output,
                 phases=self._pipe,
-                kill=at_operation,
+                kill=None if kill is None else kill.at_operation,
                 learn_imports=learn_imports,
             ) as run:
                 begun = time.monotonic()
@@ -330,85 +275,3 @@ def _phases(reader: int, *, until: float, alarm: _Alarm) -> Iterator[tuple[str |
             *lines, rest = (rest + content).split(b"\n")
             for line in lines:
                 yield line.decode(), time.monotonic()
-
-
-# --- when to kill
-
-
-def at_any_time(draw: random.Random, undisturbed: Undisturbed) -> Kill:
-    """Uniform over the wall time of the undisturbed run, its start and its report included."""
-    return Kill(kind="time", after_s=draw.uniform(0.0, undisturbed.seconds))
-
-
-def in_phase(draw: random.Random, phase: str, undisturbed: Undisturbed) -> Kill:
-    """In any of the phases of this name, at any time in it or right before any of its file operations."""
-    durations = [seconds for name, seconds in undisturbed.phases if name == phase]
-    occurrence = draw.randint(1, len(durations))
-    if phase == "optimizer" or draw.random() < 0.5:  # the optimizer's is too short to be met from outside
-        return Kill(kind="operation", phase=phase, occurrence=occurrence, operation=draw.randint(1, OPERATIONS[phase]))
-    after_s = draw.uniform(0.0, 0.7 * durations[occurrence - 1])
-    return Kill(kind="phase", phase=phase, occurrence=occurrence, after_s=after_s)
-
-
-# --- what is on the disk
-
-
-def differences(expected: Path, found: Path) -> list[str]:
-    """Between two finished runs: weights, optimizer, state, metrics (times aside), completions, evaluation.
-
-    What is another in any two runs, disturbed or not, is left out: times, memory, and the random nonce in a judge's
-    reply. What judges were asked is counted by the judge itself.
-    """
-    ours, theirs = (_computed(run_dir) for run_dir in (found, expected))
-    lines = [f"{name} is in one of them only" for name in sorted(ours.keys() ^ theirs.keys())]
-    return lines + [f"{name} differs" for name in sorted(ours.keys() & theirs.keys()) if ours[name] != theirs[name]]
-
-
-def _computed(run_dir: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    newest = latest_checkpoint(run_dir).folder
-    for path in sorted(file for file in newest.rglob("*") if file.is_file()):
-        found[str(path.relative_to(run_dir))] = path.read_bytes()
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    found["steps of metrics.jsonl"] = [row["step"] for row in rows]
-    for row in rows:
-        for name, value in row.items():
-            if not name.startswith(("time/", "memory/", "judge/")):
-                found[f"metrics step {row['step']} {name}"] = value
-    found["completions.jsonl"] = _NONCE.sub("", _unescaped(run_dir / "completions.jsonl"))
-    found["eval.json"] = _NONCE.sub("", _unescaped(run_dir / "eval.json"))
-    return found
-
-
-def _unescaped(path: Path) -> str:
-    return path.read_text().replace('\\"', '"')
-
-
-def evidence(run_dir: Path, phase: str) -> tuple[str, str]:
-    """What the disk shows after a kill in a phase: (what proves it, what contradicts it)."""
-    metrics = run_dir / "metrics.jsonl"
-    written = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-    chapters = {int(path.name.split(".")[0].removeprefix("step-")): path for path in run_dir.glob("journal/step-*")}
-    current = chapters.get(written + 1)
-    kinds = Counter(re.findall(rb'"record": {"kind": "(\w+)"', current.read_bytes())) if current else Counter[bytes]()
-    is_sealed = kinds[b"sealed"] > 0
-    proof = f"{written} lines of metrics; journal of step {written + 1}: " + (
-        ", ".join(f"{count} {kind.decode()}" for kind, count in sorted(kinds.items())) or "nothing"
-    )
-    folders = sorted(path.name for path in run_dir.glob("checkpoints/*") if path.is_dir())
-    manifests = sorted(path.parent.name for path in run_dir.glob("checkpoints/*/manifest.json"))
-    proof += f"; checkpoints {folders}, with a manifest {manifests}"
-    newest = max((int(name.removeprefix("step-")) for name in manifests if not name.startswith(".")), default=0)
-    wrong = ""
-    match phase:
-        case "rollout" | "judging" if is_sealed:
-            wrong = "the step is sealed already"
-        case "judging" | "journal" if not kinds[b"group"] and current is not None:
-            wrong = "no group is in the journal"
-        case "backward" | "optimizer" if not is_sealed:
-            wrong = "the step is not sealed in the journal, but the optimizer is at work"
-        case "rename" if not any(name.startswith(".") for name in manifests) and newest < written:
-            wrong = "no whole folder lies there under its temporary name, nor under its last one"
-        case "rotation" if newest < written:
-            wrong = "older checkpoints are being deleted, but the newest is not there under its name"
-    return proof, wrong

@@ -22,7 +22,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kill_harness.file_operations import Operation
 
 HERE = Path(__file__).resolve().parent
 
@@ -32,11 +35,13 @@ class AtOperation:
     """Kill right before a file operation below the run directory."""
 
     phase: str
-    """In which; where it ends earlier, at its end."""
+    """In which; where it ends earlier, at its end. In the whole run where empty."""
     occurrence: int
     """In the how many-th of these phases, from 1."""
     operation: int
     """Before the how many-th operation in it, from 1."""
+    named: str = ""
+    """Such as "write metrics.jsonl": only such operations are counted; all of them where empty."""
 
 
 @dataclass(slots=True)
@@ -225,22 +230,27 @@ class _Teller:
         self._occurrences = self._operations = 0
 
     def announce(self, phase: str) -> None:
-        if self._is_there() and phase != self._phase:
+        if self._kill is not None and self._kill.phase and self._is_there() and phase != self._phase:
             self._die()
         self._phase = phase
-        self._operations = 0
+        if self._kill is not None and self._kill.phase:
+            self._operations = 0
         self._occurrences += self._kill is not None and phase == self._kill.phase
         os.write(self._pipe, f"{phase}\n".encode())
 
-    def around(self, _: object, call: Any, arguments: tuple[Any, ...]) -> Any:
-        if self._is_there():
+    def around(self, operation: Operation, call: Any, arguments: tuple[Any, ...]) -> Any:
+        kill = self._kill
+        if kill is not None and self._is_there() and kill.named in ("", f"{operation.name} {operation.path.name}"):
             self._operations += 1
-            if self._kill is not None and self._operations == self._kill.operation:
+            if self._operations == kill.operation:
                 self._die()
         return call(*arguments)
 
     def _is_there(self) -> bool:
-        return self._kill is not None and self._phase == self._kill.phase and self._occurrences == self._kill.occurrence
+        kill = self._kill
+        return kill is not None and (
+            not kill.phase or (self._phase == kill.phase and self._occurrences == kill.occurrence)
+        )
 
     def _die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
