@@ -29,6 +29,18 @@ GPT2: dict[str, Any] = {
     "n_head": 8,
     "n_positions": 2048,
 }
+GEMMA3: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "vocab_size": 16384,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "sliding_window": 256,
+    "max_position_embeddings": 8192,
+}
 LORA = {"type": "lora", "rank": 16}
 FULL = {"type": "full"}
 
@@ -115,6 +127,8 @@ CASES = (
     MemoryCase(name="mistral, prompts not shared", model=MISTRAL),
     MemoryCase(name="qwen3", model=QWEN3),
     MemoryCase(name="qwen3, bfloat16", model=QWEN3, dtype="bfloat16"),
+    MemoryCase(name="gemma3", model=GEMMA3),
+    MemoryCase(name="gemma3, bfloat16", model=GEMMA3, dtype="bfloat16"),
     MemoryCase(name="gpt2", model=GPT2),
     MemoryCase(name="gpt2, all weights", model=GPT2, trainable=FULL),
 )

@@ -97,18 +97,23 @@ def probed(case: MemoryCase, place: Path, *, device: str, device_limit_bytes: in
     Raises:
         RunStopped: the process failed.
     """
-    values = json.dumps(dict(case.model), sort_keys=True)
-    folder = place / hashlib.sha256(f"{values} {case.dtype}".encode()).hexdigest()[:16]
-    if not folder.exists():
-        _child("make", str(folder), values, case.dtype)
     spec = {
-        "recipe": case.recipe(folder, device=device),
+        "recipe": case.recipe(model_folder(case, place), device=device),
         "prompt_tokens": case.prompt_tokens,
         "device_limit_bytes": device_limit_bytes,
     }
     path = place / "spec.json"
     path.write_text(json.dumps(spec))
     return json.loads(_child(str(path)).strip().splitlines()[-1])
+
+
+def model_folder(case: MemoryCase, place: Path) -> Path:
+    """Where the case's model of random weights lies in `place`; it is made where it is not there yet."""
+    values = json.dumps(dict(case.model), sort_keys=True)
+    folder = place / hashlib.sha256(f"{values} {case.dtype}".encode()).hexdigest()[:16]
+    if not folder.exists():
+        _child("make", str(folder), values, case.dtype)
+    return folder
 
 
 def predicted_peaks(case: MemoryCase, *, device: str) -> dict[str, int]:

@@ -53,6 +53,7 @@ class PeakMeter:
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to what is resident now
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+        before = self._held()
         start = time.perf_counter()
         result = do()
         if self._device.type == "cuda":
@@ -61,10 +62,12 @@ class PeakMeter:
         host = _resident("VmHWM") - self._host
         peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _resident("VmHWM")
         held = self._on_device if self._device.type == "cuda" else self._host
-        gc.collect()
-        after = self._allocated() - self._on_device if self._device.type == "cuda" else _resident("VmRSS") - self._host
-        self.peaks[stage] = {"host_bytes": host, "device_bytes": peak - held, "held_bytes": after}
+        self.peaks[stage] = {"host_bytes": host, "device_bytes": peak - held, "before_bytes": before}
         return result
+
+    def _held(self) -> int:
+        """What is there now, above what was there at the making."""
+        return self._allocated() - self._on_device if self._device.type == "cuda" else _resident("VmRSS") - self._host
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
