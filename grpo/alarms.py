@@ -6,6 +6,7 @@ resumed run shows it the rows that are there already, so that it goes on countin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,10 @@ MOST_TRUNCATED = 0.9
 MOST_UNSCORED = 0.2
 MIN_SCORES = 8
 """Changed answers whose scores may be equal by chance are fewer."""
+STILL_EVALUATIONS = 3
+"""So many alike, in a row, are no accident, ..."""
+STILL_STEPS = 10
+"""... if so many steps lie between the first and the last: one step need not change a single greedy answer."""
 MAX_SAMPLER_RATIO = 2.0
 """A 99th percentile above this is no rounding any more: bfloat16 alone stays near 1.3."""
 MAX_SAMPLER_TAIL = 100.0
@@ -64,8 +69,11 @@ class _Watch:
 class Alarms:
     """Counts, per condition, the rows in a row that meet it; an alarm once, and again after a row that did not."""
 
-    def __init__(self, objectives: Sequence[str]) -> None:
+    def __init__(self, objectives: Sequence[str], *, eval_every: int | None = None) -> None:
+        """Args: eval_every: steps between evaluations during the run; None where there are none."""
         self._watches = [*_of_the_run(objectives), *(watch for name in objectives for watch in _of_an_objective(name))]
+        if eval_every is not None:
+            self._watches += _of_evaluations(objectives, eval_every)
         self._in_a_row = dict.fromkeys((watch.name for watch in self._watches), 0)
 
     def observe(self, row: Row) -> list[Alarm]:
@@ -261,6 +269,47 @@ def _of_an_objective(objective: str) -> list[_Watch]:
             check="grpo doctor RECIPE (judges), grpo verify RECIPE (signal)",
         ),
     ]
+
+
+def _of_evaluations(objectives: Sequence[str], every: int) -> list[_Watch]:
+    """Each evaluation is compared with the one before it, so that n in a row that are alike are n - 1 rows."""
+    patience = max(STILL_EVALUATIONS - 1, math.ceil(STILL_STEPS / every))
+    alike = f"at {patience + 1} evaluations in a row"
+    run = _Watch(
+        name="evaluation unmoved",
+        patience=patience,
+        is_met=lambda row: _answers_are_still(row, objectives),
+        text=f"all held-out answers have been word for word the same {alike}. The weights that answer are not those "
+        "that learn, or none learn (at the end of a falling schedule, none need to)",
+        check="grpo verify RECIPE (gradient flow, it learns, engine and trainer)",
+    )
+    return [run, *(_of_evaluated(name, alike, patience) for name in objectives)]
+
+
+def _of_evaluated(objective: str, alike: str, patience: int) -> _Watch:
+    return _Watch(
+        name=f"evaluation of {objective} unmoved",
+        patience=patience,
+        is_met=lambda row: _scores_alone_are_still(row, objective),
+        text=f"all held-out scores have been the same {alike}, though each time {MIN_SCORES} answers or more were "
+        "others. The reward does not see what changes, or can read none of the answers, or all of them are as good as "
+        "they can be: look at evaluations.jsonl",
+        check="grpo verify RECIPE (signal)",
+    )
+
+
+def _answers_are_still(row: Row, objectives: Sequence[str]) -> bool | None:
+    changed = [n for name in objectives if (n := row.get(names.eval_name(name, "answers_changed"))) is not None]
+    return not any(changed) if changed else None
+
+
+def _scores_alone_are_still(row: Row, objective: str) -> bool | None:
+    """None too where so few answers changed that their scores may be equal by chance; that none changed at all is told
+    as "evaluation unmoved"."""
+    scores = row.get(names.eval_name(objective, "scores_changed"))
+    if scores is None or scores > 0:
+        return None if scores is None else False
+    return True if (row.get(names.eval_name(objective, "answers_changed")) or 0) >= MIN_SCORES else None
 
 
 def _unless_skipped(row: Row, is_met: Callable[[], bool | None]) -> bool | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from grpo import metrics as names
 from grpo.formats.bbq import BbqAnswer, bbq_summary
 from grpo.metrics import bootstrap_difference, bootstrap_mean
 from grpo.prompts import EncodedPrompt
@@ -118,6 +119,32 @@ def compare(before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, dict
         if pairs:
             interval = bootstrap_difference([first for first, _ in pairs], [second for _, second in pairs])
             result[name] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
+    return result
+
+
+def figures(answers: Sequence[Answer], earlier: Mapping[str, Answer]) -> dict[str, float]:
+    """What metrics.jsonl says of an evaluation during the run.
+
+    Args:
+        earlier: prompt's id -> its answer at the evaluation before; empty where there was none. Only prompts that both
+            have are compared, and of their scores only those that are there both times.
+    """
+    result: dict[str, float] = {}
+    for name in _objectives(answers):
+        own = [answer for answer in answers if name in answer.scores]
+        values = [value for answer in own if (value := answer.scores[name]) is not None]
+        result[names.eval_name(name, "unscored_frac")] = 1 - len(values) / len(own)
+        if values:
+            interval = bootstrap_mean(values)
+            result[names.eval_name(name)] = interval.mean
+            result[names.eval_name(name, "low")] = interval.low
+            result[names.eval_name(name, "high")] = interval.high
+        pairs = [(earlier[answer.prompt.id], answer) for answer in own if answer.prompt.id in earlier]
+        if pairs:
+            scores = [(before.scores.get(name), after.scores[name]) for before, after in pairs]
+            result[names.eval_name(name, "answers_changed")] = sum(b.completion != a.completion for b, a in pairs)
+            both = [(before, after) for before, after in scores if before is not None and after is not None]
+            result[names.eval_name(name, "scores_changed")] = sum(before != after for before, after in both)
     return result
 
 

@@ -38,7 +38,7 @@ from rewards.types import Score
 
 _HASH = b'{"blake2b": "'
 _RECORD = b'", "record": '
-_STEP_FILE = re.compile(r"step-(\d+)\.rank-\d+\.jsonl")
+_STEP_FILE = re.compile(r"(?:step|eval)-(\d+)\.rank-\d+\.jsonl")  # an evaluation after a step, but not before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,8 +198,9 @@ class Journal:
         self._delete(list(self.folder.glob(f"{chapter}.rank-*.jsonl")))
 
     def forget_through(self, step: int) -> None:
-        """Delete the files of all steps up to this one, of all ranks. Raises StorageError."""
-        files = [(path, _STEP_FILE.fullmatch(path.name)) for path in self.folder.glob("step-*.jsonl")]
+        """Delete the files of all steps up to this one, and of evaluations after them, of all ranks. Raises
+        StorageError."""
+        files = [(path, _STEP_FILE.fullmatch(path.name)) for path in self.folder.glob("*.jsonl")]
         self._delete([path for path, match in files if match and int(match[1]) <= step])
 
     def _delete(self, paths: Sequence[Path]) -> None:

@@ -117,7 +117,7 @@ def plan_judges(config: RunConfig, assumed: Assumptions) -> dict[str, Any]:
     prompts = open_prompts(config.prompts, seed=config.seed, objectives=list(config.objectives))
     num_steps = min(SAMPLED_STEPS, config.steps)
     steps = [prompts.batch(step) for step in range(1, num_steps + 1)]
-    num_evaluations = config.eval.before + config.eval.after
+    num_evaluations = config.eval.count(config.steps)
     held_out = prompts.held_out(config.eval.num_prompts) if num_evaluations else []
     group_size = config.rollout.group_size
     entries: list[dict[str, Any]] = []

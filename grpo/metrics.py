@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -44,9 +44,13 @@ JUDGE_COST = "judge/cost"
 JUDGE_BREAKER_OPENED = "judge/breaker_opened"
 PROMPT_TOKENS = "tokens/prompt"
 COMPLETION_TOKENS = "tokens/completion"
+IDLE_TOKENS = "tokens/idle"
+"""Loss tokens of groups that teach nothing and have no KL or entropy term. No pass is spent on them: entropy, KL, ratios
+and the sampler's figures are of the others."""
 PEAK_MEMORY_BYTES = "memory/peak_bytes"
-STAGES = ("rollout", "judge", "judge_wait", "update", "sync", "step")
-"""What `time_name` takes. "judge" runs beside the rollout; "judge_wait" is the part of it that nothing hid."""
+STAGES = ("rollout", "judge", "judge_wait", "update", "sync", "step", "eval")
+"""What `time_name` takes. "judge" runs beside the rollout; "judge_wait" is the part of it that nothing hid. "eval" is no
+part of the step, but follows it where eval.every says so."""
 
 _BOOTSTRAP_BLOCK = 1_000_000  # draws held at once: 8 MB of indices, whatever the number of prompts
 
@@ -126,6 +130,15 @@ def truncated_frac_name(objective: str | None = None) -> str:
 def end_token_frac_name(token_id: int) -> str:
     """Share of all completions that ended by this token; with the truncated share they sum to 1."""
     return f"completion/end_token/{token_id}"
+
+
+def eval_name(
+    objective: str,
+    figure: Literal["mean", "low", "high", "unscored_frac", "answers_changed", "scores_changed"] = "mean",
+) -> str:
+    """Of an evaluation during the run: the mean held-out score with its 95% interval, the share without a verdict, and
+    how many answers (word for word) and scores are others than at the evaluation before."""
+    return f"eval/{objective}/{figure}"
 
 
 def time_name(stage: str) -> str:

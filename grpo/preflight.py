@@ -262,7 +262,7 @@ def _prompts_name(config: RunConfig) -> str:
 
 
 def _evaluates(config: RunConfig, purpose: Purpose) -> bool:
-    return purpose == "evaluate" or config.eval.before or config.eval.after
+    return purpose == "evaluate" or config.eval.is_on
 
 
 def _check_held_out(config: RunConfig, prompts: PromptSource, purpose: Purpose) -> None:
@@ -274,8 +274,9 @@ def _check_held_out(config: RunConfig, prompts: PromptSource, purpose: Purpose) 
             "file, prompts.held_out_split=NAME for those from the hub."
         )
     raise ConfigError(
-        "eval.before or eval.after is on, but there are no held-out prompts. Name them "
-        "(prompts.held_out_path or prompts.held_out_split), or set eval.before=false and eval.after=false."
+        "eval.before, eval.after or eval.every is on, but there are no held-out prompts. Name them "
+        "(prompts.held_out_path or prompts.held_out_split), or set eval.before=false, eval.after=false and "
+        "eval.every=null."
     )
 
 

@@ -1,5 +1,5 @@
-"""The folder of a run: config.yaml, metrics.jsonl, completions.jsonl, judge_audit.jsonl, eval.json, checkpoints/,
-journal/.
+"""The folder of a run: config.yaml, metrics.jsonl, completions.jsonl, evaluations.jsonl, judge_audit.jsonl, eval.json,
+checkpoints/, journal/.
 
 Knows files; knows nothing of models. Every line is on the disk when its step ends. One process at a time writes here.
 """
@@ -116,7 +116,7 @@ class RunDirectory:
         Raises:
             InputError: a line of theirs is no JSON, and it is not a last one that a kill has torn.
         """
-        for name in ("metrics.jsonl", "completions.jsonl"):
+        for name in ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl"):
             path = self.path / name
             cut_last_lines(path, is_json_object, only_half_line=True)
             cut_last_lines(path, lambda line, path=path: _belongs_to(line, step, path))
@@ -131,11 +131,31 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         return read_metrics(path) if path.exists() else []
 
-    def append(self, row: Mapping[str, float | int | None], completions: Iterable[Mapping[str, Any]]) -> None:
-        """Write a finished step; it is on the disk on return. Raises StorageError."""
-        lines = [json.dumps(completion, allow_nan=False).encode() for completion in completions]
-        append_lines(self.path / "completions.jsonl", lines)
+    def append(
+        self,
+        row: Mapping[str, float | int | None],
+        completions: Iterable[Mapping[str, Any]],
+        answers: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
+        """Write a finished step, and the answers of an evaluation that followed it; all is on the disk on return.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        append_lines(self.path / "completions.jsonl", _as_lines(completions))
+        if evaluated := _as_lines(answers):
+            append_lines(self.path / "evaluations.jsonl", evaluated)
         append_metrics(self.path / "metrics.jsonl", row)
+
+    def last_answers(self) -> list[dict[str, Any]]:
+        """The lines of the last evaluation during the run; empty where there was none."""
+        path = self.path / "evaluations.jsonl"
+        last: list[dict[str, Any]] = []
+        for line in iter_json_lines(path) if path.exists() else ():
+            if last and line["step"] != last[0]["step"]:
+                last = []
+            last.append(line)
+        return last
 
     def note_phase(self, phase: Phase) -> None:
         """Leave what the run is doing where another process can see it (`grpo doctor --watch`); not durable."""
@@ -166,6 +186,10 @@ class RunDirectory:
                 if part in kept:
                     kept[part] = {when: value for when, value in kept[part].items() if when != "after"}
             self.write_eval(kept)
+
+
+def _as_lines(records: Iterable[Mapping[str, Any]]) -> list[bytes]:
+    return [json.dumps(record, allow_nan=False).encode() for record in records]
 
 
 def _belongs_to(line: bytes, step: int, path: Path) -> bool:

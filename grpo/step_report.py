@@ -29,6 +29,8 @@ class StepReport:
     """The lines of completions.jsonl."""
     warnings: Sequence[str]
     """What a person should know at once."""
+    answers: Sequence[Mapping[str, Any]] = ()
+    """The lines of evaluations.jsonl; empty where no evaluation followed the step."""
     skipped: NonFiniteStep | None
     """Why no optimizer step was taken; None where one was."""
 
@@ -60,7 +62,8 @@ def report_step(
     row[names.SAMPLER_RATIO_P99] = stats.sampler_ratio_p99
     row[names.SAMPLER_RATIO_MAX] = stats.sampler_ratio_max
     is_compared = stats.sampler_ratio_p99 is not None
-    row["sampler/kept_set_miss_frac"] = stats.num_forced / max(stats.num_tokens, 1) if is_compared else None
+    num_compared = max(stats.num_tokens - stats.num_idle_tokens, 1)
+    row["sampler/kept_set_miss_frac"] = stats.num_forced / num_compared if is_compared else None
     row["advantages/scale_factor"] = batch.advantages.scale_factor
     if stats.entropy_coefficient is not None:
         row[names.ENTROPY_COEFFICIENT] = stats.entropy_coefficient
@@ -76,6 +79,7 @@ def report_step(
     row[names.PROMPT_TOKENS] = sum(len(group.rollout.prompt_token_ids) for group in sampled)
     row[names.COMPLETION_TOKENS] = sum(len(c.token_ids) for group in sampled for c in group.rollout.completions)
     row.update({names.time_name(stage): value for stage, value in seconds.items()})
+    row[names.IDLE_TOKENS] = stats.num_idle_tokens
     row[names.PEAK_MEMORY_BYTES] = peak_bytes
     row.update(judge_figures or {})
     return StepReport(

@@ -96,9 +96,11 @@ class Trainer:
         self._told = announce
         self._keeper = Keeper(config, self._directory, self._ranks, announce=self._announce)
         self._parts: RunParts | None = None
+        self._is_ahead = False
+        """Whether the weights hold an update that metrics.jsonl has no line of."""
         self._stuck: set[str] = set()
         self._gate = StepGate(config, self._ranks)
-        self._alarms = Alarms(list(config.objectives))
+        self._alarms = Alarms(list(config.objectives), eval_every=config.eval.every)
         self._interrupted = threading.Event()
 
     @property
@@ -182,6 +184,7 @@ class Trainer:
                 max_new_tokens=config.rollout.max_new_tokens,
                 truncated=config.update.truncated,
                 drops_flat_groups=config.update.flat_groups == "drop",
+                idle_when_flat=parts.updater.idle_when_flat,
                 own=collected.own,
                 images=parts.images_of([collected.groups[place] for place in collected.own]),
             )
@@ -225,6 +228,7 @@ class Trainer:
         return not self._interrupted.wait(seconds)
 
     def _announce(self, phase: Phase) -> None:
+        self._is_ahead = self._is_ahead or phase == "optimizer"
         if self._ranks.is_main:
             self._directory.note_phase(phase)
         self._told(phase)
@@ -255,19 +259,23 @@ class Trainer:
             while done < config.steps and not self._ranks.any(interrupted.is_set()):
                 try:
                     report = self.step(done + 1)
-                    self._ranks.on_main(partial(directory.append, report.row, report.completions))
-                    done += 1
+                    self._is_ahead = True
+                    report = held_out.during(report)
+                    self._ranks.on_main(partial(directory.append, report.row, report.completions, report.answers))
+                    done, self._is_ahead = done + 1, False
                     check_can_go_on(report, max_in_a_row=config.update.max_non_finite_steps)
                     self._heed(self._alarms.observe(report.row))
                 except StorageError as exc:
                     exc.add_note(f"Once there is room: grpo train {directory.path} --resume")
                     raise
                 except RunStopped as exc:
-                    self._saved(done, checkpoint)
-                    exc.add_note(f"Saved after step {done}; go on with: grpo train {directory.path} --resume")
+                    if not self._is_ahead:  # else the weights are not those of step `done`; the journal has the step
+                        self._saved(done, checkpoint)
+                    saved = "The journal has the step" if self._is_ahead else f"Saved after step {done}"
+                    exc.add_note(f"{saved}; go on with: grpo train {directory.path} --resume")
                     raise
                 trackers.log(report.row)
-                durations.append(float(report.row["time/step_s"] or 0.0))
+                durations.append(float(report.row["time/step_s"] or 0.0) + float(report.row.get("time/eval_s") or 0.0))
                 if self._observer:
                     left = (config.steps - done) * sum(durations) / len(durations)
                     self._observer.step(report.row, total_steps=config.steps, seconds_left=left)

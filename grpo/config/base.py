@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+_NUMBERS = (int, float, int | None, float | None)
+
 
 class StrictModel(BaseModel):
     """A part of a recipe: unknown keys refused, frozen."""
@@ -17,6 +19,6 @@ class StrictModel(BaseModel):
     @classmethod
     def _true_is_no_number(cls, values: Any) -> Any:
         for name, field in cls.model_fields.items() if isinstance(values, Mapping) else ():
-            if field.annotation in (int, float) and isinstance(values.get(name), bool):  # pydantic would read 1
+            if field.annotation in _NUMBERS and isinstance(values.get(name), bool):  # pydantic would read 1
                 raise ValueError(f"{name} is {values[name]}; expected a number")
         return values

@@ -32,7 +32,7 @@ class FilePrompts(StrictModel):
     """Relative to the recipe's folder."""
     format: RowFormat = "plain"
     held_out_path: Path | None = None
-    """Prompts for evaluation, same columns; needed where eval.before or eval.after is on."""
+    """Prompts for evaluation, same columns; needed where anything is evaluated (`eval`)."""
     prompt_column: str = "prompt"
     """Text of the user's message, or a list of {"role", "content"} messages."""
     reference_column: str = "reference"
@@ -60,7 +60,7 @@ class HubPrompts(StrictModel):
     subset: str | None = None
     split: str = "train"
     held_out_split: str | None = None
-    """Split for evaluation; needed where eval.before or eval.after is on."""
+    """Split for evaluation; needed where anything is evaluated (`eval`)."""
     prompt_column: str = "prompt"
     reference_column: str = "reference"
     objectives: tuple[str, ...] | None = None

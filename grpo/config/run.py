@@ -64,8 +64,25 @@ class EvalConfig(StrictModel):
 
     before: bool = True
     after: bool = True
+    every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations during the run, whose means go into that step's line of metrics.jsonl, and into the
+    watch for a score that does not move (`grpo.alarms`). None where None. The last step's is the one after training."""
     num_prompts: int = Field(default=64, ge=2)
     """Held-out prompts per objective."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether a run evaluates at all."""
+        return self.before or self.after or self.every is not None
+
+    def is_due(self, step: int) -> bool:
+        """Whether there is one after this step, counted from 1."""
+        return self.every is not None and step % self.every == 0
+
+    def count(self, steps: int) -> int:
+        """Evaluations of a whole run of so many steps."""
+        during = 0 if self.every is None else steps // self.every
+        return self.before + during + (self.after and not self.is_due(steps))
 
 
 class CheckpointConfig(StrictModel):

@@ -6,7 +6,7 @@ Model output is untrusted text: it is never read as markup, and its control char
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -200,6 +200,9 @@ class PlainDisplay(_Printed):
                 f"len={_number(row.get(names.length_mean_name(objective)), '.0f'):<4}"
             )
         blocks.append(f"tok/s={_number(_tokens_per_s(row), '.0f'):<5} grad={_number(row.get(names.GRAD_NORM), '.2g')}")
+        if held_out := _held_out_means(row, self._bands):  # last: the other columns keep their places
+            means = (f"{self._safe(objective)}={mean:.3f}" for objective, mean in held_out.items())
+            blocks.append(f"held out {' '.join(means)}")
         self._line(Text(" | ".join(blocks)))
 
 
@@ -212,6 +215,7 @@ class LiveDisplay(_Printed):
     def __init__(self, bands: Mapping[str, Band | None], observed: Mapping[str, str], console: Console) -> None:
         super().__init__(bands, observed, console)
         self._live: Live | None = None
+        self._held_out: dict[str, float] = {}  # means of the last evaluation
 
     def start(self, title_rows: list[tuple[str, str]]) -> None:
         table = Table(box=None, show_header=False, pad_edge=False)
@@ -247,9 +251,11 @@ class LiveDisplay(_Printed):
             f"{_number(_tokens_per_s(row), ',.0f')} tokens/s",
             f"grad norm {_number(row.get(names.GRAD_NORM), '.3g')}",
         )
+        self._held_out = _held_out_means(row, self._bands) or self._held_out
         table = Table(box=box.SIMPLE)
         table.add_column("objective")
-        for column, width in {"reward": 6, "KL": 13, "band": 4, "beta": 6, "tokens": 6, "unscored": 8}.items():
+        columns = {"reward": 6, "KL": 13, "band": 4, "beta": 6, "tokens": 6, "unscored": 8}
+        for column, width in {**columns, **({"held out": 8} if self._held_out else {})}.items():
             table.add_column(column, justify="right", min_width=width)  # so that it does not jump from step to step
         for objective, band in self._bands.items():
             table.add_row(
@@ -260,6 +266,7 @@ class LiveDisplay(_Printed):
                 _number(row.get(names.beta_name(objective)), ".4f"),
                 _number(row.get(names.length_mean_name(objective)), ".0f"),
                 _number(row.get(names.unscored_frac_name(objective)), ".0%"),
+                *([_number(self._held_out.get(objective), ".3f")] if self._held_out else []),
             )
         return Group(head, table)
 
@@ -276,6 +283,12 @@ def _band_cell(band: Band | None) -> str:
     if band is None:
         return _MISSING
     return f"{band[0]:g} to {band[1]:g}" if band[0] < band[1] else f"target {band[0]:g}"
+
+
+def _held_out_means(row: Row, objectives: Iterable[str]) -> dict[str, float]:
+    """Of the evaluation after this step; empty where there was none."""
+    means = {objective: row.get(names.eval_name(objective)) for objective in objectives}
+    return {objective: mean for objective, mean in means.items() if mean is not None}
 
 
 def _tokens_per_s(row: Row) -> float | None:

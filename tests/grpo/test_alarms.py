@@ -102,6 +102,50 @@ def test_a_step_without_prompts_of_an_objective_says_nothing_of_it() -> None:
     assert heard(alarms, 1, {"reward/fair/unscored_frac": 0.9}, first=6) == [(6, "unscored completions of fair")]
 
 
+def evaluated(alarms: Alarms, every: int, steps: int, **figures: int) -> list[tuple[int, str]]:
+    """(step, name) of every alarm where each evaluation says the same. Args: figures: with "__" for "/"."""
+    shown = {name.replace("__", "/"): value for name, value in figures.items()}
+    rows = ({"step": step, **HEALTHY, **({} if step % every else shown)} for step in range(1, steps + 1))
+    return [(int(row["step"] or 0), alarm.name) for row in rows for alarm in alarms.observe(row)]
+
+
+@pytest.mark.parametrize(
+    ("every", "step"),
+    [
+        (1, 10),  # compared in every step: ten steps, since one alone may leave every greedy answer as it was
+        (4, 12),
+        (20, 40),  # with the evaluation before training the third that is alike
+    ],
+)
+def test_evaluations_whose_answers_or_scores_stay_are_told_at_the_third_but_not_within_ten_steps(
+    every: int, step: int
+) -> None:
+    still = {"eval__fair__answers_changed": 0, "eval__fair__scores_changed": 0, "eval__true__answers_changed": 0}
+    assert evaluated(Alarms(["fair", "true"], eval_every=every), every, 90, **still) == [(step, "evaluation unmoved")]
+    blind = {"eval__fair__answers_changed": 8, "eval__fair__scores_changed": 0, "eval__true__answers_changed": 0}
+    told = [(step, "evaluation of fair unmoved")]
+    assert evaluated(Alarms(["fair", "true"], eval_every=every), every, 90, **blind) == told
+
+
+def test_evaluations_that_move_or_in_which_little_changed_are_not_told() -> None:
+    moving = {"eval__fair__answers_changed": 20, "eval__fair__scores_changed": 1}
+    assert evaluated(Alarms(["fair"], eval_every=5), 5, 90, **moving) == []
+    few = {"eval__fair__answers_changed": 7, "eval__fair__scores_changed": 0}  # seven may be equal by chance
+    assert evaluated(Alarms(["fair"], eval_every=5), 5, 90, **few) == []
+    a_noisy_judge = {"eval__fair__answers_changed": 0, "eval__fair__scores_changed": 5}
+    assert evaluated(Alarms(["fair"], eval_every=5), 5, 90, **a_noisy_judge) == [(10, "evaluation unmoved")]
+
+
+def test_an_evaluation_that_moved_begins_the_count_again() -> None:
+    alarms = Alarms(["fair"], eval_every=10)
+    still = {"eval/fair/answers_changed": 0}
+    assert heard(alarms, 1, still) == []
+    assert heard(alarms, 1, {"eval/fair/answers_changed": 3}, first=2) == []
+    assert heard(alarms, 1, still, first=3) == []
+    assert heard(alarms, 9, first=4) == []  # rows without an evaluation say nothing
+    assert heard(alarms, 1, still, first=13) == [(13, "evaluation unmoved")]
+
+
 def test_an_alarm_says_what_was_seen_for_how_long_and_what_to_run() -> None:
     alarms = Alarms(["fair"])
     rows: list[dict[str, Any]] = [{"step": step, **HEALTHY, "kl/fair": 0.0} for step in range(1, 6)]
@@ -117,6 +161,10 @@ def every_alarm() -> Iterator[Alarm]:
         yield from (
             alarm for step in range(1, steps + 1) for alarm in alarms.observe({"step": step, **HEALTHY, **changes})
         )
+    alarms = Alarms(["fair", "true"], eval_every=5)
+    for changed in (0, 0, 8, 8):
+        row = {"step": 5, "eval/fair/answers_changed": changed, "eval/fair/scores_changed": 0}
+        yield from alarms.observe(row)
     yield from learning_rate_alarms(LoraTrainable(), OptimConfig(learning_rate=1.0))
     before = [entry(number, "Anna") for number in range(8)]
     yield from unmoved({"answers": {"before": before, "after": before}})

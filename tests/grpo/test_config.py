@@ -322,3 +322,24 @@ def test_a_warm_ups_micro_batch_divides_its_batch() -> None:
     parsed = parse(warmup={**warmup, "micro_batch_size": 3}).warmup
     assert parsed is not None
     assert parsed.path == Path("/recipes/w.jsonl")  # beside the recipe
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "count"),
+    [
+        ({}, 2),
+        ({"every": 4}, 4),  # before, after steps 4 and 8, after training
+        ({"every": 5}, 3),  # the one after step 10 is the one after training
+        ({"every": 5, "after": False}, 3),
+        ({"every": 20, "before": False}, 1),
+        ({"before": False, "after": False}, 0),
+    ],
+)
+def test_a_run_of_ten_steps_counts_its_evaluations(evaluation: dict[str, Any], count: int) -> None:
+    config = parse(eval=evaluation)
+    assert config.eval.count(10) == count
+    assert config.eval.is_on == (count > 0)
+
+
+def test_true_is_no_number_of_steps() -> None:
+    assert "every is True; expected a number" in error_of(eval={"every": True})

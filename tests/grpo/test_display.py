@@ -79,6 +79,19 @@ def test_plain_step_is_one_line_of_columns_that_fits_a_log() -> None:
     assert len(screen.raw) <= 166
 
 
+def test_held_out_means_are_shown_behind_the_step_that_was_evaluated_and_stay_in_the_live_table() -> None:
+    evaluated = {**ROW, "eval/fairness/mean": 0.75, "eval/grounding/mean": 0.5}
+    plain, live = Screen(is_terminal=False), Screen(is_terminal=True)
+    for screen in (plain, live):
+        screen.display.step(evaluated, total_steps=30, seconds_left=250.0)
+        screen.display.step({**ROW, "step": 13}, total_steps=30, seconds_left=250.0)
+    first, second = plain.raw.splitlines()
+    assert first.endswith("grad=0.51 | held out fairness=0.750 grounding=0.500")
+    assert second.endswith("grad=0.51")
+    assert "held out" in live.row_of("objective")
+    assert live.row_of("fairness")[-1] == "0.750"
+
+
 def test_plain_columns_stay_in_place_from_step_to_step_and_missing_is_a_dash() -> None:
     screen = Screen(is_terminal=False)
     screen.display.step(ROW, total_steps=30, seconds_left=250.0)

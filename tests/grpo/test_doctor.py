@@ -332,10 +332,11 @@ def test_the_judges_cost_is_told_for_a_step_and_for_the_run(tmp_path: Path, tiny
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n')
 
-    def row(**endpoint: Any) -> Finding:
+    def row(*, changes: dict[str, Any] | None = None, **endpoint: Any) -> Finding:
         params = {"endpoint": {"url": "https://judge.example/v1", "model": "m", **endpoint}, "rubric": "fairness"}
         objective = {"rewards": [{"name": "judged", "params": params}], "beta": {"type": "fixed", "value": 0.1}}
-        path = write(tmp_path, tiny_model_dir, objectives={"short": objective}, steps=50, rollout={"group_size": 4})
+        settings: dict[str, Any] = {"objectives": {"short": objective}, "steps": 50, "rollout": {"group_size": 4}}
+        path = write(tmp_path, tiny_model_dir, **settings, **(changes or {}))
         found = examine(PresentedMachine(), load_recipe(str(path), []), asks_judges=False, working_dir=tmp_path)
         return next(one for one in found if one.check == "judge cost")
 
@@ -344,6 +345,13 @@ def test_the_judges_cost_is_told_for_a_step_and_for_the_run(tmp_path: Path, tiny
         "4 calls a step, 200 over the run; about 0.004 a step, 0.2 in all; "
     )
     assert row().what.startswith("4 calls a step, 200 over the run; no prices are given; ")
+    (tmp_path / "data" / "held_out.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n' * 8)
+    prompts = {"type": "file", "path": "data/train.jsonl", "held_out_path": "data/held_out.jsonl", "per_step": 1}
+    evaluated = {"prompts": prompts, "eval": {"before": True, "after": True, "every": 20, "num_prompts": 5}}
+    # before, after steps 20 and 40, and after the last: four of five calls each
+    assert row(changes=evaluated, price={"input": 0, "output": 10}).what.startswith(
+        "4 calls a step, 5 in each of 4 evaluations, 220 over the run; about 0.004 a step, 0.005 an evaluation, 0.22 in"
+    )
 
 
 def test_flash_attention_that_a_recipe_asks_for_has_to_be_there(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from grpo.evaluate import Answer, compare, examples, summarise
+from grpo.evaluate import Answer, compare, examples, figures, summarise
 from grpo.types import Message, Prompt
 
 
@@ -73,6 +73,30 @@ def test_a_kinds_interval_is_that_of_its_own_verdicts() -> None:
 
 def test_prompts_without_a_kind_are_one_kind() -> None:
     assert summarise(answers(1.0, 0.0))["a"]["kinds"] == {"all": 0.5}
+
+
+# --- during a run
+
+
+def test_an_evaluation_in_a_run_counts_what_changed_since_the_one_before_over_prompts_that_both_have() -> None:
+    earlier = {one.prompt.id: one for one in answers(0.0, 0.25, None, 1.0)}
+    now = [answer("p0", {"a": 1.0}, says="y"), answer("p1", {"a": 0.25}, says="y"), *answers(0.0, 0.0, 1.0, 1.0)[2:]]
+    # p0: another answer and score; p1: another answer, as good; p2: scored for the first time; p3: as it was
+    found = figures([*now, answer("new", {"a": None})], earlier)
+    assert found["eval/a/mean"] == pytest.approx((1.0 + 0.25 + 1.0 + 1.0) / 4)
+    assert found["eval/a/unscored_frac"] == pytest.approx(1 / 5)
+    assert (found["eval/a/answers_changed"], found["eval/a/scores_changed"]) == (2, 1)
+
+
+def test_the_first_evaluation_in_a_run_has_nothing_to_compare_with_and_one_without_a_verdict_has_no_mean() -> None:
+    found = figures([answer("p", {"a": 1.0, "b": None})], {})
+    assert found == {
+        "eval/a/unscored_frac": 0.0,
+        "eval/a/mean": 1.0,
+        "eval/a/low": 1.0,
+        "eval/a/high": 1.0,
+        "eval/b/unscored_frac": 1.0,
+    }
 
 
 # --- both sides

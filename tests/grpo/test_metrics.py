@@ -38,6 +38,8 @@ def test_names_are_those_of_the_public_surface() -> None:
         metrics.truncated_frac_name(),
         metrics.truncated_frac_name("fairness"),
         *[metrics.time_name(stage) for stage in metrics.STAGES],
+        metrics.eval_name("fairness"),
+        metrics.eval_name("fairness", "scores_changed"),
     ]
     assert names == [
         "reward/fairness/mean",
@@ -57,6 +59,9 @@ def test_names_are_those_of_the_public_surface() -> None:
         "time/update_s",
         "time/sync_s",
         "time/step_s",
+        "time/eval_s",
+        "eval/fairness/mean",
+        "eval/fairness/scores_changed",
     ]
 
 

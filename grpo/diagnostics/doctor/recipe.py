@@ -242,15 +242,21 @@ def _cost(config: RunConfig) -> Iterator[Finding]:
             remedy="put right what is said above; then: grpo judge plan RECIPE",
         )
         return
-    run, of_a_step = plan["run"], [entry for entry in plan["judges"] if entry["purpose"] == "train"]
-    step_calls = math.fsum(entry["calls"] for entry in of_a_step)
-    what = f"{step_calls:,.0f} calls a step, {run['calls']:,.0f} over the run"
-    figures = {**run, "step_calls": step_calls, "step_cost": None}
-    if run["cost"] is None:
+    run, num_evaluations = plan["run"], plan["assumptions"]["evaluations"]
+    has_prices = run["cost"] is not None
+    figures: dict[str, float | None] = {**run, "evaluations": num_evaluations}
+    for kind, purpose in (("step", "train"), ("evaluation", "eval")):
+        own = [entry for entry in plan["judges"] if entry["purpose"] == purpose]
+        figures[f"{kind}_calls"] = math.fsum(entry["calls"] for entry in own)
+        figures[f"{kind}_cost"] = math.fsum(entry["cost"] for entry in own) if has_prices else None
+    per_evaluation = f"{figures['evaluation_calls']:,.0f} in each of {num_evaluations} evaluations, "
+    what = f"{figures['step_calls']:,.0f} calls a step, {per_evaluation if num_evaluations else ''}"
+    what = f"{what}{run['calls']:,.0f} over the run"
+    if not has_prices:
         what = f"{what}; no prices are given"
     else:
-        figures["step_cost"] = math.fsum(entry["cost"] for entry in of_a_step)
-        what = f"{what}; about {figures['step_cost']:.4g} a step, {run['cost']:.4g} in all"
+        per_evaluation = f"{figures['evaluation_cost']:.4g} an evaluation, " if num_evaluations else ""
+        what = f"{what}; about {figures['step_cost']:.4g} a step, {per_evaluation}{run['cost']:.4g} in all"
     what = f"{what}; {run['minutes']:.0f} minutes if nothing hides them"
     if plan["warnings"]:
         yield Finding(
