@@ -29,6 +29,7 @@ _TEXT_SHOWN = 4000  # characters of one prompt or completion
 
 _CAPTIONS = {
     "reward": "Reward of each objective: mean over the step's completions, with one standard deviation around it.",
+    "held_out": "Held-out reward during the run: greedy answers, evaluated every eval.every steps.",
     "kl": "KL to the reference. The shaded band, or the grey line, is where the controller holds what it observes.",
     "beta": "Weight of the KL penalty of each objective.",
     "length": "Completion length, in tokens.",

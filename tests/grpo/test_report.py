@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import yaml
 
-from grpo.diagnostics.plots import band_of, readme_figure, run_figures, smoothed
+from grpo.diagnostics.axes import smoothed
+from grpo.diagnostics.plots import band_of, readme_figure, run_figures
 from grpo.diagnostics.report import write_report
 from grpo.errors import InputError
 
@@ -176,6 +177,16 @@ def test_a_metric_that_no_step_has_leaves_its_figure_out_and_null_leaves_a_gap()
     for row in rows:
         row.pop("time/rollout_s", None)
     assert list(run_figures(rows, make_config())) == [name for name in FIGURES if name != "time"]
+
+
+def test_a_run_that_was_evaluated_on_its_way_has_the_held_out_means_as_a_curve() -> None:
+    rows = [make_row(step) for step in range(1, 7)]
+    for row, mean in zip(rows[1::2], (0.25, 0.5, 0.5), strict=True):
+        row |= {"eval/fairness/mean": mean, "eval/fairness/low": mean - 0.1, "eval/fairness/high": mean + 0.1}
+    figures = run_figures(rows, make_config())
+    assert list(figures) == ["reward", "held_out", *FIGURES[1:]]
+    assert b"<!-- fairness -->" in figures["held_out"]
+    assert b"<!-- held-out reward (mean, 95% interval) -->" in figures["held_out"]
 
 
 def test_a_long_run_draws_its_times_as_areas_and_its_rewards_smoothed() -> None:
