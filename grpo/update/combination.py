@@ -6,6 +6,7 @@ So gradients of any size, in pieces or spread over ranks, need only have their i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -63,6 +64,24 @@ def gradient_cosines(gram: Tensor) -> Tensor:
     has_direction = norms > 0
     scale = torch.where(has_direction, norms, torch.nan)
     return (gram / scale[:, None] / scale).clamp(-1.0, 1.0)  # one after the other: a product of norms can underflow
+
+
+def named_cosines(gram: Tensor | None, names: Sequence[str]) -> dict[tuple[str, str], float]:
+    """Pair of names -> `gradient_cosines` of [O, O] inner products, where it is one; nothing where there are none."""
+    if gram is None:
+        return {}
+    cosines = gradient_cosines(gram)
+    return {
+        (first, second): float(cosines[i, j])
+        for i, first in enumerate(names)
+        for j, second in enumerate(names)
+        if i < j and bool(torch.isfinite(cosines[i, j]))
+    }
+
+
+def named_norms(gram: Tensor | None, names: Sequence[str]) -> dict[str, float]:
+    """Name -> norm of its gradient, from [O, O] inner products; nothing where there are none."""
+    return {} if gram is None else {name: float(gram[o, o].sqrt()) for o, name in enumerate(names)}
 
 
 def _pcgrad_weights(gram: Tensor, seed: int) -> Tensor:

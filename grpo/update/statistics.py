@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo.batching import MicroBatch
-from grpo.metrics import KL_CLAMPED_FRAC, MeanAccumulator, kl_name, kl_penalty_name
+from grpo.metrics import KL_CLAMPED_FRAC, KL_LOSS, POLICY_LOSS, MeanAccumulator, kl_name, kl_penalty_name
 from grpo.runtime.distributed import Ranks
 from grpo.update.kl import kl_penalty
 
@@ -62,6 +62,11 @@ class WindowStatistics:
             self.observed.add(name, float(seen[own].sum()), count)
             self.kl_max[name] = max(self.kl_max.get(name, 0.0), float(k3[own].max()))
             self.num_scored_rows[name] = self.num_scored_rows.get(name, 0) + int(batch.is_scored[:, o].sum())
+
+    def add_idle(self, num_tokens: int) -> None:
+        """Loss tokens whose losses are known to be 0. Of all else that is counted here, they say nothing."""
+        for name in (POLICY_LOSS, KL_LOSS):
+            self.means.add(name, 0.0, num_tokens)
 
     def merged(self, ranks: Ranks) -> WindowStatistics:
         """The statistics of all ranks together, the same on each."""

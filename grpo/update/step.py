@@ -12,15 +12,15 @@ from torch import Tensor
 
 from grpo import metrics as names
 from grpo.batching import TrainBatch
-from grpo.config import OptimConfig, UpdateConfig
+from grpo.config import CustomLossConfig, OptimConfig, UpdateConfig
 from grpo.phases import Announce, silent
 from grpo.rollout.base import SamplingParams
 from grpo.runtime.devices import check_offload
 from grpo.runtime.distributed import Ranks
 from grpo.runtime.optim import build_optimizer, learning_rate_at, offload_states, set_learning_rate
 from grpo.runtime.policy import Policy, dropout_off
-from grpo.update.beta import BetaController
-from grpo.update.combination import gradient_cosines
+from grpo.update.beta import BetaController, FixedBeta
+from grpo.update.combination import named_cosines, named_norms
 from grpo.update.entropy import EntropyBonus
 from grpo.update.forward import replay_of, try_prompt_sharing
 from grpo.update.gradients import GradientWindow
@@ -70,6 +70,9 @@ class UpdateStats:
     """Loss tokens of the batch."""
     num_forced: int
     """Sampled tokens that the replayed filter would have dropped."""
+    num_idle_tokens: int = 0
+    """Of the loss tokens: those of idle rows. No pass was spent on them, so that entropy, KL, ratios and the sampler's
+    figures are means over the others; the losses are over all."""
     cosines: Mapping[tuple[str, str], float] = field(default_factory=dict)
     """Pair of objectives -> cosine of their gradients, where they were taken apart."""
     gradient_norms: Mapping[str, float] = field(default_factory=dict)
@@ -119,6 +122,15 @@ class Updater:
         if optim.offload == "states":
             offload_states(self.optimizer)
 
+    @property
+    def idle_when_flat(self) -> frozenset[str]:
+        """Objectives that give a group without differences no gradient: no KL, no entropy, no loss of one's own. For
+        `build_batch`, which spends no pass on such groups. A beta or a bonus that moves may be 0 only for now."""
+        if self.entropy_bonus is not None or isinstance(self._update.loss, CustomLossConfig):
+            return frozenset()
+        fixed = {name: each.value for name, each in self.controllers.items() if isinstance(each, FixedBeta)}
+        return frozenset(name for name, beta in fixed.items() if beta == 0)
+
     def step(
         self, batch: TrainBatch, *, step: int = 0, steps: int = 1, seed: int = 0, announce: Announce = silent
     ) -> UpdateStats:
@@ -140,7 +152,8 @@ class Updater:
         betas = {name: controller.value for name, controller in self.controllers.items()}
         coefficient = self.entropy_bonus.value if self.entropy_bonus else None
         # the denominators, before any backward pass
-        num_tokens, num_rows = (int(self._ranks.sum(count)) for count in (batch.num_tokens, batch.num_rows))
+        counts = (batch.num_tokens, batch.num_rows, batch.num_idle_tokens)
+        num_tokens, num_rows, num_idle_tokens = (int(self._ranks.sum(count)) for count in counts)
         if num_tokens == 0:
             raise ValueError("a batch without a loss token on any rank: there is nothing to step on")
         work = self._work(batch)
@@ -185,8 +198,9 @@ class Updater:
             entropy_coefficient=coefficient,
             num_tokens=num_tokens,
             num_forced=statistics.num_forced,
-            cosines=_pairs(gram, batch.objectives),
-            gradient_norms=_norms(gram, batch.objectives),
+            num_idle_tokens=num_idle_tokens,
+            cosines=named_cosines(gram, batch.objectives),
+            gradient_norms=named_norms(gram, batch.objectives),
             skipped=skipped,
             num_halvings=self._num_halvings,
             shortage=self._shortage,
@@ -257,6 +271,7 @@ class Updater:
         is_first = all(item.fixed is None for item in work)
         while True:
             window = WindowStatistics()
+            window.add_idle(whole.num_idle_tokens)
             self.gradients.start_window(num_objectives=len(whole.objectives) if is_apart else 0)
             outcome = self._accumulate(work, whole, weighing, window, is_apart=is_apart)
             if not isinstance(outcome, list):
@@ -376,19 +391,3 @@ class Updater:
         entropy = window.means.means().get(names.ENTROPY)
         if self.entropy_bonus is not None and entropy is not None:
             self.entropy_bonus.observe(entropy)
-
-
-def _pairs(gram: Tensor | None, objectives: Sequence[str]) -> dict[tuple[str, str], float]:
-    if gram is None:
-        return {}
-    cosines = gradient_cosines(gram)
-    return {
-        (first, second): float(cosines[i, j])
-        for i, first in enumerate(objectives)
-        for j, second in enumerate(objectives)
-        if i < j and bool(torch.isfinite(cosines[i, j]))
-    }
-
-
-def _norms(gram: Tensor | None, objectives: Sequence[str]) -> dict[str, float]:
-    return {} if gram is None else {name: float(gram[o, o].sqrt()) for o, name in enumerate(objectives)}

@@ -279,6 +279,38 @@ def test_two_ranks_come_to_the_gradient_of_one(
     assert first_stats.num_tokens == stats.num_tokens
 
 
+def updated_without_kl(model_dir: str, flat: int | None, skips: bool) -> tuple[UpdateStats, dict[str, torch.Tensor]]:
+    """This rank's share of a step without a KL term, where the groups of rank `flat` teach nothing."""
+    ranks = Ranks(use_cpu=True)
+    groups = [
+        make_group([{"a": 0.5}, {"a": 0.5 if number % 2 == flat else 0.0}], lengths=[3 + number, 5], seed=number)
+        for number in range(4)
+    ]
+    policy = make_policy(Path(model_dir))
+    updater = make_updater(policy, beta=0.0)
+    idle = updater.idle_when_flat if skips else ()
+    stats = updater.step(make_batch(groups, budget=18, own=ranks.own(range(4)), idle_when_flat=idle))
+    return stats, {name: p.detach().clone() for name, p in policy.trainable_parameters().items()}
+
+
+@pytest.mark.parametrize("flat", [0, 1])
+def test_a_rank_that_has_groups_without_a_pass_alone_takes_the_step_with_the_other(
+    flat: int, two: RankPair, tiny_model_dir: Path
+) -> None:
+    (first, first_after), (second, second_after) = two.run(updated_without_kl, str(tiny_model_dir), flat, True)
+    (expected, expected_after), _ = two.run(updated_without_kl, str(tiny_model_dir), flat, False)
+    assert first == second
+    assert (first.num_idle_tokens, first.num_tokens) == (
+        18 + 2 * flat,
+        38,
+    )  # rows of 3 + 5 and 5 + 5; of 4 + 5 and 6 + 5
+    assert first.grad_norm == expected.grad_norm
+    assert first.means["loss/policy"] == pytest.approx(expected.means["loss/policy"], rel=1e-6, abs=1e-9)
+    for name, value in expected_after.items():
+        assert torch.equal(first_after[name], second_after[name]), name
+        assert torch.equal(first_after[name], value), name
+
+
 @pytest.mark.parametrize("spoilt", [0, 1])
 def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_both(
     spoilt: int, two: RankPair, tiny_model_dir: Path
