@@ -45,12 +45,12 @@ JUDGE_BREAKER_OPENED = "judge/breaker_opened"
 PROMPT_TOKENS = "tokens/prompt"
 COMPLETION_TOKENS = "tokens/completion"
 IDLE_TOKENS = "tokens/idle"
-"""Loss tokens of groups that teach nothing and have no KL or entropy term. No pass is spent on them: entropy, KL, ratios
-and the sampler's figures are of the others."""
+"""Loss tokens of groups that teach nothing and have no KL or entropy term. No pass is spent on them: entropy, KL,
+ratios and the sampler's figures are of the others."""
 PEAK_MEMORY_BYTES = "memory/peak_bytes"
 STAGES = ("rollout", "judge", "judge_wait", "update", "sync", "step", "eval")
-"""What `time_name` takes. "judge" runs beside the rollout; "judge_wait" is the part of it that nothing hid. "eval" is no
-part of the step, but follows it where eval.every says so."""
+"""What `time_name` takes. "judge" runs beside the rollout; "judge_wait" is the part of it that nothing hid. "eval" is
+no part of the step, but follows it where eval.every says so."""
 
 _BOOTSTRAP_BLOCK = 1_000_000  # draws held at once: 8 MB of indices, whatever the number of prompts
 
