@@ -15,8 +15,8 @@ from grpo.batching import teaches_something
 from grpo.journal import Journal
 from grpo.judge_figures import added_up
 from grpo.phases import Announce, silent
-from grpo.preflight import RunParts
 from grpo.prompts import EncodedPrompt
+from grpo.run_parts import RunParts
 from grpo.runtime.distributed import Ranks
 from grpo.runtime.seeding import derived_seed
 from grpo.scoring import PendingScores

@@ -14,8 +14,8 @@ from grpo import metrics as names
 from grpo.config import RunConfig
 from grpo.evaluate import Answer, bias_of, compare, evaluate, examples, figures, summarise
 from grpo.journal import Journal
-from grpo.preflight import RunParts
 from grpo.run_directory import RunDirectory
+from grpo.run_parts import RunParts
 from grpo.step_report import StepReport
 from grpo.types import Prompt
 

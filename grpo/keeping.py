@@ -24,8 +24,8 @@ from grpo.config import RunConfig
 from grpo.errors import CheckpointError, ConfigError, StorageError
 from grpo.journal import Journal
 from grpo.phases import Announce, silent
-from grpo.preflight import RunParts
 from grpo.run_directory import RunDirectory
+from grpo.run_parts import RunParts
 from grpo.runtime.distributed import Ranks
 from grpo.runtime.randomness import random_state, restore_random_state
 

@@ -6,9 +6,6 @@ Cheap checks first: names, bounds, files and endpoints before the weights are re
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -25,15 +22,14 @@ from grpo.config import (
     RunConfig,
     TransformersEngineConfig,
 )
-from grpo.errors import ConfigError, DatasetError
+from grpo.errors import ConfigError
 from grpo.journal import Journal
 from grpo.objectives import build_objectives, check_objectives_of_prompts
-from grpo.prompt_images import ImageTextEncoder, PromptImages
-from grpo.prompts import EncodedPrompt, PromptSource, check_prompt, encode_prompt, made_up_prompt, open_prompts
-from grpo.rollout.banned_texts import banned_sequences
-from grpo.rollout.base import RolloutEngine, SamplingParams
+from grpo.prompt_images import ImageTextEncoder
+from grpo.prompts import PromptSource, check_prompt, made_up_prompt, open_prompts
 from grpo.rollout.engines import check_engine, open_engine
-from grpo.rollout.processors import check_custom_processors, load_processor
+from grpo.rollout.processors import check_custom_processors
+from grpo.run_parts import RunParts
 from grpo.runtime.devices import check_offload, choose_attention, choose_device, choose_dtype
 from grpo.runtime.distributed import Ranks, launched_for_cpu
 from grpo.runtime.image_processors import load_image_text_processor
@@ -48,9 +44,9 @@ from grpo.runtime.models import (
 from grpo.runtime.policy import Policy, language_model_head
 from grpo.runtime.quantization import check_quantization, quantize
 from grpo.runtime.seeding import derived_seed
+from grpo.sampling_law import check_processors, sampling_params
 from grpo.scoring import Scorer
 from grpo.trackers import check_trackers
-from grpo.types import Prompt, ScoredGroup
 from grpo.update.beta import BandBeta, BetaController, DualBeta, FixedBeta, ProportionalBeta
 from grpo.update.entropy import AdaptiveEntropyBonus, EntropyBonus, FixedEntropyBonus
 from grpo.update.losses import load_custom_loss
@@ -60,69 +56,12 @@ from rewards.base import RewardContext
 from rewards.registry import make_local_module_importable
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig
 
-    from grpo.config import RolloutConfig
 
 Purpose: TypeAlias = Literal["train", "evaluate"]
 """What a run is opened for. Rewards that it will not ask are neither built nor checked: a judged run can be evaluated
 where its judge cannot be reached."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunParts:
-    """All that the trainer puts together."""
-
-    ranks: Ranks
-    """The processes of the run."""
-    tokenizer: PreTrainedTokenizerBase
-    prompts: PromptSource
-    max_prompt_tokens: int | None
-    """Room that the model's context leaves beside rollout.max_new_tokens; None where the context has no end."""
-    params: SamplingParams
-    policy: Policy
-    engine: RolloutEngine
-    scorer: Scorer
-    """Of training; without rewards in a run that is only evaluated."""
-    eval_scorer: Scorer
-    """Of evaluation; without rewards in a run that is never evaluated."""
-    updater: Updater
-    image_encoder: ImageTextEncoder | None = None
-    """Of a vision-language model; None for one that reads text alone."""
-
-    def encode(self, prompts: list[Prompt]) -> list[EncodedPrompt]:
-        """Prompts as token ids. Raises DatasetError for one that does not fit the context, or whose images are gone."""
-        room, images = self.max_prompt_tokens, self.image_encoder
-        return [encode_prompt(prompt, self.tokenizer, max_tokens=room, image_encoder=images) for prompt in prompts]
-
-    def images_of(self, groups: Sequence[ScoredGroup]) -> dict[str, PromptImages]:
-        """Prompt id -> its images, read anew: between sampling and update, and in a journal, files are only named.
-
-        All ranks call it alike, each with its own groups.
-
-        Raises:
-            DatasetError: they are not those that the completions were sampled for.
-        """
-        return {} if self.image_encoder is None else self.ranks.together(lambda: self._images_again(groups))
-
-    def _images_again(self, groups: Sequence[ScoredGroup]) -> dict[str, PromptImages]:
-        shown = [group.rollout for group in groups if group.rollout.image_digest is not None]
-        found: dict[str, PromptImages] = {}
-        for rollout, encoded in zip(shown, self.encode([rollout.prompt for rollout in shown]), strict=True):
-            is_same = encoded.token_ids == rollout.prompt_token_ids
-            if encoded.images is None or encoded.images.digest != rollout.image_digest or not is_same:
-                raise DatasetError(
-                    f"the images of prompt {rollout.prompt.id!r} ({', '.join(rollout.prompt.images)}) have changed "
-                    "since its completions were sampled. Put the files back as they were."
-                )
-            found[rollout.prompt.id] = encoded.images
-        return found
-
-    def close(self) -> None:
-        """Stop the scorers' threads and free the engine."""
-        self.scorer.close()
-        self.eval_scorer.close()
-        self.engine.close()
 
 
 def open_run(
@@ -147,7 +86,7 @@ def open_run(
     check_objectives_of_prompts(prompts.objective_sets(), config.objectives, source=_prompts_name(config))
     _check_held_out(config, prompts, purpose)
     _check_update(config, purpose)
-    _check_processors(config.rollout, config.base_dir)
+    check_processors(config.rollout, config.base_dir)
     if purpose == "train":
         check_trackers(config.trackers)
     ranks = ranks or Ranks(use_cpu=config.device == "cpu")
@@ -231,27 +170,6 @@ def _check_custom_loss(loss: CustomLossConfig, base_dir: Path) -> None:
             f"update.loss.params: they do not fit {loss.path}{signature}, which gets a LossInput and the parameters as "
             f"keyword arguments: {exc}"
         ) from exc
-
-
-def _check_processors(rollout: RolloutConfig, base_dir: Path) -> None:
-    """Load them; from here on their modules can be imported. Raises ConfigError for one that cannot be loaded."""
-    for path, parameters in _custom_processors(rollout):
-        make_local_module_importable(path.partition(":")[0], base_dir)
-        load_processor(path, parameters)
-
-
-def _custom_processors(rollout: RolloutConfig) -> tuple[tuple[str, str], ...]:
-    """(path, parameters as JSON) of each."""
-    found: list[tuple[str, str]] = []
-    for place, processor in enumerate(rollout.processors):
-        try:
-            found.append((processor.path, json.dumps(processor.params, sort_keys=True, allow_nan=False)))
-        except (TypeError, ValueError) as exc:
-            raise ConfigError(
-                f"rollout.processors[{place}].params of {processor.path} cannot be written as JSON: {exc}. Use texts, "
-                "finite numbers, lists and tables of them."
-            ) from exc
-    return tuple(found)
 
 
 def _prompts_name(config: RunConfig) -> str:
@@ -388,29 +306,3 @@ def context_length(config: PreTrainedConfig) -> int | None:
     """Tokens that fit the model's context; None where its config names no end, as with ALiBi or recurrent models."""
     tokens = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(tokens) if tokens is not None and tokens > 0 else None
-
-
-def sampling_params(config: RunConfig, ends: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> SamplingParams:
-    """The sampling law that the recipe's `rollout` describes.
-
-    Raises:
-        ConfigError: a banned text is empty, or would rule out an end token; parameters of a processor are no JSON.
-    """
-    rollout = config.rollout
-    return replace(
-        SamplingParams(end_token_ids=ends),
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        min_p=rollout.min_p,
-        max_new_tokens=rollout.max_new_tokens,
-        min_new_tokens=rollout.min_new_tokens,
-        presence_penalty=rollout.presence_penalty,
-        frequency_penalty=rollout.frequency_penalty,
-        penalties_over=rollout.penalties_over,
-        repetition_penalty=rollout.repetition_penalty,
-        repetition_over=rollout.repetition_over,
-        banned=banned_sequences(rollout.banned, tokenizer, end_token_ids=ends),
-        no_repeat_ngram=rollout.no_repeat_ngram,
-        custom=_custom_processors(rollout),
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from grpo.config import RunConfig
-from grpo.preflight import RunParts
+from grpo.run_parts import RunParts
 
 STRICT = "strict: deterministic kernels only; what that costs is seen in time/update_s and time/rollout_s"
 

@@ -23,9 +23,10 @@ from grpo.errors import RunStopped, StorageError, TooAlarming
 from grpo.held_out import HeldOut
 from grpo.keeping import Keeper
 from grpo.phases import Announce, Phase, silent
-from grpo.preflight import RunParts, open_run
+from grpo.preflight import open_run
 from grpo.rollout.canary import check_engine_follows
 from grpo.run_directory import RunDirectory
+from grpo.run_parts import RunParts
 from grpo.runtime.determinism import determinism
 from grpo.runtime.devices import peak_memory_bytes
 from grpo.runtime.distributed import Ranks

@@ -11,8 +11,9 @@ from builders import make_group, make_prompt
 
 from grpo.config import RunConfig
 from grpo.diagnostics.checks.subject import Subject, make_subject
-from grpo.preflight import RunParts, open_run
+from grpo.preflight import open_run
 from grpo.recipe_loader import parse_recipe
+from grpo.run_parts import RunParts
 from grpo.types import ScoredGroup
 
 

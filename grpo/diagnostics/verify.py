@@ -16,7 +16,8 @@ from grpo.diagnostics.checks.scope import check_scope
 from grpo.diagnostics.checks.signal import check_signal
 from grpo.diagnostics.checks.subject import Subject, make_subject
 from grpo.diagnostics.findings import Finding, worst_status
-from grpo.preflight import RunParts, open_run
+from grpo.preflight import open_run
+from grpo.run_parts import RunParts
 from grpo.runtime.policy import dropout_off
 from grpo.runtime.seeding import derived_seed
 from grpo.scoring import PendingScores

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grpo.batching import TrainBatch, build_batch, teaches_something
 from grpo.config import RunConfig
-from grpo.preflight import RunParts
+from grpo.run_parts import RunParts
 from grpo.types import ScoredGroup, Verdict
 from grpo.update.forward import replay_of
 from grpo.update.statistics import WindowStatistics
