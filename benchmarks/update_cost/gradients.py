@@ -15,7 +15,7 @@ from update_cost.groups import END, random_groups
 from update_cost.measuring import Result, native_dtype, peak_of, synchronise, times_of
 
 from grpo.batching import TrainBatch, build_batch
-from grpo.config import GradientsConfig, LoraTrainable, OptimConfig, UpdateConfig
+from grpo.config import FullTrainable, GradientsConfig, LoraTrainable, OptimConfig, UpdateConfig
 from grpo.rollout.base import SamplingParams
 from grpo.runtime.devices import choose_device
 from grpo.runtime.policy import Policy
@@ -56,6 +56,20 @@ class TimedWindow(GradientWindow):
 
 def step_pass(method: str, sizes: GradientSizes) -> Callable[[], TimedWindow]:
     """An optimizer step of a small Llama with LoRA under two objectives; returns the window with its time."""
+    updater = small_updater(sizes, LoraTrainable(rank=16, alpha=32), method=method)
+    batch = two_objectives(sizes)
+
+    def run() -> TimedWindow:
+        window = TimedWindow(updater.policy.trainable_parameters())
+        updater.gradients = window
+        updater.step(batch)
+        return window
+
+    return run
+
+
+def small_updater(sizes: GradientSizes, trainable: LoraTrainable | FullTrainable, *, method: str = "sum") -> Updater:
+    """Of a small Llama under two objectives; the same bits each time."""
     device = choose_device("auto")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -68,24 +82,14 @@ def step_pass(method: str, sizes: GradientSizes) -> Callable[[], TimedWindow]:
     )
     model = LlamaForCausalLM(config)
     nn.Module.to(model, device=device, dtype=native_dtype(device))  # transformers wraps its own, and hides its types
-    policy = Policy(model, LoraTrainable(rank=16, alpha=32), seed=0)
-    updater = Updater(
-        policy,
+    return Updater(
+        Policy(model, trainable, seed=0),
         {name: FixedBeta(value=0.02) for name in OBJECTIVES},
         observed=dict.fromkeys(OBJECTIVES, "k3"),
         params=SamplingParams(end_token_ids=(END,), max_new_tokens=sizes.completion_tokens),
         update=UpdateConfig(gradients=GradientsConfig.model_validate({"method": method})),
         optim=OptimConfig(learning_rate=1e-4),
     )
-    batch = two_objectives(sizes)
-
-    def run() -> TimedWindow:
-        window = TimedWindow(policy.trainable_parameters())
-        updater.gradients = window
-        updater.step(batch)
-        return window
-
-    return run
 
 
 def two_objectives(sizes: GradientSizes) -> TrainBatch:
