@@ -7,6 +7,8 @@ files that it makes superfluous are deleted.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import count
 
 from grpo.checkpoint import (
     Checkpoint,
@@ -24,6 +26,7 @@ from grpo.config import RunConfig
 from grpo.errors import CheckpointError, ConfigError, StorageError
 from grpo.journal import Journal
 from grpo.phases import Announce, silent
+from grpo.prompts import open_prompts
 from grpo.run_directory import RunDirectory
 from grpo.run_parts import RunParts
 from grpo.runtime.distributed import Ranks
@@ -52,7 +55,7 @@ class Keeper:
         """
         path, steps = self._directory.path, self._config.steps
         if not list_checkpoints(path):
-            if self._directory.last_step() > so_far.checkpoint.every:
+            if self._directory.last_step() > _first_due(so_far):
                 raise CheckpointError(
                     f"{path} has done {self._directory.last_step()} steps, but its checkpoints are gone. Put its "
                     "checkpoints folder back, or start a new run under another output_dir."
@@ -62,6 +65,13 @@ class Keeper:
         if checkpoint.step > steps:
             raise ConfigError(f"{path} has {checkpoint.step} steps; give steps=M above {checkpoint.step}, not {steps}.")
         return checkpoint
+
+    def is_due(self, step: int, parts: RunParts) -> bool:
+        """Whether the run is saved after this step, counted from 1."""
+        prompts = self._config.prompts
+        return self._config.checkpoint.is_due(
+            step, per_step=prompts.per_step, epoch_prompts=parts.prompts.epoch_prompts()
+        )
 
     def take_up(self, checkpoint: Checkpoint | None, so_far: RunConfig, parts: RunParts, tell: Tell) -> RunState:
         """Make parts and files what they were after the checkpoint's step; gives the rest of its state."""
@@ -154,6 +164,16 @@ class Keeper:
         return checkpoint_bytes(
             parts.updater, vocabulary_size=len(parts.tokenizer), has_anchor=self._config.warmup is not None
         )
+
+
+def _first_due(config: RunConfig) -> int:
+    """The step after which a run is saved for the first time."""
+    prompts, epoch_prompts = config.prompts, None
+    if config.checkpoint.every_epochs is not None:
+        source = open_prompts(prompts, seed=config.seed, objectives=list(config.objectives))
+        epoch_prompts = source.epoch_prompts()
+    is_due = partial(config.checkpoint.is_due, per_step=prompts.per_step, epoch_prompts=epoch_prompts)
+    return next(step for step in count(1) if is_due(step))
 
 
 def _next_prompts(parts: RunParts, done: int) -> tuple[str, ...]:

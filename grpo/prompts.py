@@ -56,6 +56,10 @@ class PromptSource(Protocol):
         """Which sets of objectives the prompts ask for."""
         ...
 
+    def epoch_prompts(self) -> int | None:
+        """Prompts of an epoch; None where there is no end."""
+        ...
+
     def to_check(self) -> list[Prompt]:
         """Prompts that must fit the model's context before a run begins: all, or a sample where there is no end."""
         ...
@@ -121,6 +125,10 @@ class TaskSource:
         """The first scenes of the held-out split; the same for every seed, so that runs can be compared."""
         return [task.prompt("held_out", 0, n) for task in self._tasks for n in range(num_per_objective)]
 
+    def epoch_prompts(self) -> int | None:
+        """Scenes are made without end."""
+        return None
+
     def to_check(self) -> list[Prompt]:
         """The first scenes of each task, by far more than it has wordings and kinds; the first step at least."""
         num_checked = max(CHECKED_PER_TASK * len(self._tasks), self._per_step)
@@ -175,6 +183,10 @@ class ListSource:
             if count[prompt.objectives] <= num_per_objective:
                 chosen.append(prompt)
         return chosen
+
+    def epoch_prompts(self) -> int | None:
+        """All of them."""
+        return len(self._prompts)
 
     def to_check(self) -> list[Prompt]:
         """All of them: the long one must be found now, not in step 400."""

@@ -282,7 +282,7 @@ class Trainer:
                     self._observer.step(report.row, total_steps=config.steps, seconds_left=left)
                     for warning in [*report.warnings, *self._stuck_betas(), *trackers.take_warnings()]:
                         self._observer.warn(warning)
-                if done % config.checkpoint.every == 0:
+                if self._keeper.is_due(done, self.parts):
                     checkpoint = self._saved(done, checkpoint)
             checkpoint = self._saved(done, checkpoint)
             needs_evaluation = config.eval.after and "after" not in held_out.read()

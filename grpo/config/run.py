@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -88,10 +89,43 @@ class EvalConfig(StrictModel):
 class CheckpointConfig(StrictModel):
     """When the run is saved. It is also saved at its end and when it is interrupted."""
 
-    every: int = Field(default=10, ge=1)
-    """Steps between checkpoints."""
+    every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; 10 where every_epochs is not given either."""
+    every_epochs: int | None = Field(default=None, ge=1)
+    """Instead of `every`: epochs between checkpoints, for prompts from a file or the hub. One is saved after the step
+    that takes an epoch's last prompt."""
     keep: int = Field(default=2, ge=1)
     """The newest so many stay."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_unless_epochs(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("every") is None and values.get("every_epochs") is None:
+            return {**values, "every": 10}
+        return values
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> CheckpointConfig:
+        if self.every is not None and self.every_epochs is not None:
+            raise ValueError(
+                f"every = {self.every} counts steps and every_epochs = {self.every_epochs} epochs; give one of them, "
+                "and null for the other"
+            )
+        return self
+
+    def is_due(self, step: int, *, per_step: int, epoch_prompts: int | None) -> bool:
+        """Whether there is one after this step, counted from 1.
+
+        Args:
+            per_step: prompts of a step.
+            epoch_prompts: of an epoch; None where the prompts have no end.
+        """
+        if self.every is not None:
+            return step % self.every == 0
+        assert self.every_epochs is not None, "else every has its default"
+        assert epoch_prompts is not None, "refused where the recipe is read"
+        stretch = self.every_epochs * epoch_prompts
+        return step * per_step // stretch > (step - 1) * per_step // stretch
 
 
 class RunConfig(StrictModel):
@@ -141,6 +175,15 @@ class RunConfig(StrictModel):
             raise ValueError(
                 f"quantization = {self.quantization} packs weights that do not learn, and trainable.type is "
                 f"{self.trainable.type}; set trainable.type = lora, or quantization = none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _epochs_end(self) -> RunConfig:
+        if self.checkpoint.every_epochs is not None and self.prompts.type == "tasks":
+            raise ValueError(
+                f"checkpoint.every_epochs = {self.checkpoint.every_epochs}, but the scenes of prompts.type = tasks are "
+                "made without end and have no epochs; set checkpoint.every, in steps"
             )
         return self
 

@@ -423,6 +423,16 @@ def test_a_run_without_a_checkpoint_begins_with_its_first_step(make_config: Call
     assert [line["step"] for line in lines_of(run_dir / "completions.jsonl")] == [1] * 12 + [2] * 12
 
 
+def test_a_run_is_saved_after_the_steps_in_which_an_epoch_ends(make_config: Callable[..., RunConfig]) -> None:
+    # five prompts an epoch, three a step: the fifth is in step 2
+    config = make_config("run", steps=3, checkpoint={"every_epochs": 1, "keep": 9})
+    run_dir = run(config).run_dir
+    assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [2, 3]
+    shutil.rmtree(run_dir / "checkpoints")
+    with pytest.raises(CheckpointError, match="has done 3 steps, but its checkpoints are gone"):
+        run(config, resume=True)
+
+
 def test_a_run_whose_checkpoints_were_taken_away_is_not_begun_anew(make_config: Callable[..., RunConfig]) -> None:
     run_dir = run(make_config("run", steps=2, checkpoint={"every": 1})).run_dir
     shutil.rmtree(run_dir / "checkpoints")

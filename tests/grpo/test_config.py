@@ -343,3 +343,31 @@ def test_a_run_of_ten_steps_counts_its_evaluations(evaluation: dict[str, Any], c
 
 def test_true_is_no_number_of_steps() -> None:
     assert "every is True; expected a number" in error_of(eval={"every": True})
+
+
+@pytest.mark.parametrize(
+    ("every_epochs", "due"),
+    [
+        # 10 prompts an epoch, 4 a step: the 10th is in step 3, the 20th ends step 5, the 30th is in step 8
+        (1, [3, 5, 8, 10]),
+        (2, [5, 10]),
+    ],
+)
+def test_a_checkpoint_every_epoch_follows_the_step_that_takes_its_last_prompt(
+    every_epochs: int, due: list[int]
+) -> None:
+    prompts = {"type": "file", "path": "train.jsonl", "per_step": 4}
+    checkpoint = parse(prompts=prompts, checkpoint={"every_epochs": every_epochs}).checkpoint
+    assert [step for step in range(1, 11) if checkpoint.is_due(step, per_step=4, epoch_prompts=10)] == due
+
+
+def test_checkpoints_are_counted_in_steps_or_in_epochs_where_there_are_any_and_never_in_both() -> None:
+    prompts = {"type": "file", "path": "train.jsonl"}
+    saved_each_step = parse(prompts=prompts, checkpoint={"every_epochs": 1}).checkpoint
+    assert all(saved_each_step.is_due(step, per_step=8, epoch_prompts=8) for step in (1, 2, 3))
+    assert parse().checkpoint.every == 10
+    assert parse(prompts=prompts, checkpoint={"every_epochs": 1}).checkpoint.every is None
+    both = error_of(prompts=prompts, checkpoint={"every": 5, "every_epochs": 1})
+    assert "every = 5 counts steps and every_epochs = 1 epochs; give one of them" in both
+    tasks = error_of(prompts={"type": "tasks", "names": ["fairness"]}, checkpoint={"every_epochs": 1})
+    assert "have no epochs; set checkpoint.every, in steps" in tasks
