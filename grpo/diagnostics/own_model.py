@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from grpo.config.module_patterns import check_pattern, matching, nearest
 from grpo.diagnostics.checks.gradient import judge_flow
+from grpo.diagnostics.checks.kept_memory import KeptMemory
 from grpo.diagnostics.checks.numbers import check_pass, judge_dtypes
 from grpo.diagnostics.checks.scope import CHECK as SCOPE
 from grpo.diagnostics.findings import Finding, worst_status
@@ -54,8 +55,8 @@ def verify_model(
 ) -> list[Finding]:
     """Scope, gradient flow and numbers of a model as it stands, and, where an optimizer is given, three of its steps.
 
-    Parameters and buffers are afterwards what they were, to the bit, and `.grad` is None. Dropout is off meanwhile.
-    Costs about a dozen forward and backward passes.
+    Parameters and buffers are afterwards what they were, to the bit, and `.grad` is None. Dropout is off meanwhile, but
+    for the passes whose memory is counted. Costs about a dozen forward and backward passes.
 
     Args:
         model: in train mode, with requires_grad set as it will learn; peft's adapters are known.
@@ -71,44 +72,48 @@ def verify_model(
     patterns = [trainable] if isinstance(trainable, str) else list(trainable or ())
     for pattern in patterns:
         check_pattern(pattern)
-    with _left_as_it_was(model), dropout_off(model):
-        scope = list(_check_scope(model, patterns))
-        learning = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        if not learning:
-            return scope
-        passes = list(check_pass(model, loss))
+    learning = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    if not learning:
+        return [_nothing_learns()]
+    with _left_as_it_was(model):
+        with dropout_off(model):
+            passes = list(check_pass(model, loss))
         numbers = [*passes, *judge_dtypes(learning)]
         if worst_status(passes) == "failed":  # that leaves nothing else to look at
-            return [*scope, *numbers]
-        flow = gradient_flow(model, loss)
-        found = [*judge_flow(flow, model, meant=_meant(model, patterns) or learning.keys()), *scope, *numbers]
-        if optimizer is not None and flow.has_graph:
-            found.append(_check_steps(model, loss, learning, optimizer))
+            return [*_check_scope(model, patterns, None), *numbers]
+        scope = list(_check_scope(model, patterns, KeptMemory(model=model, loss=loss)))
+        with dropout_off(model):
+            flow = gradient_flow(model, loss)
+            found = [*judge_flow(flow, model, meant=_meant(model, patterns) or learning.keys()), *scope, *numbers]
+            if optimizer is not None and flow.has_graph:
+                found.append(_check_steps(model, loss, learning, optimizer))
         return found
 
 
 # --- scope
 
 
-def _check_scope(model: nn.Module, patterns: Sequence[str]) -> Iterator[Finding]:
+def _check_scope(model: nn.Module, patterns: Sequence[str], kept: KeptMemory | None) -> Iterator[Finding]:
+    """Args: kept: counts what the batch keeps for its backward pass; None where there is no pass."""
     parts = model_parts(_without_peft(model))
     learning = {name: one.numel() for name, one in model.named_parameters() if one.requires_grad}
     by_part = sizes_by_part({plain_name(name): size for name, size in learning.items()}, parts)
     count = sum(learning.values())
-    figures = {
+    kept_bytes = kept.total() if kept else None
+    figures: dict[str, Any] = {
         "parameters": count,
         "bytes": count * BYTES_PER_PARAMETER,
+        "kept_bytes": kept_bytes,
         "parts": {part: {"tensors": tensors, "parameters": size} for part, (tensors, size) in by_part.items()},
     }
-    if not learning:
-        yield _nothing_learns()
-        return
     meant = _meant(model, patterns)
     idle = list(_idle_patterns(model, patterns, learning))
-    strays = {plain_name(name): size for name, size in learning.items() if patterns and name not in meant}
+    besides = [name for name in learning if patterns and name not in meant]
+    strays = {plain_name(name): learning[name] for name in besides}
     frozen = [] if idle else sorted(plain_name(name) for name in meant - learning.keys())
     yield from idle
     if strays:
+        figures["kept_because_of_strays"] = kept.because_of(besides) if kept else None
         yield _strays(strays, told_by_part(sizes_by_part(strays, parts)), patterns, figures)
     if frozen:
         yield Finding(
@@ -122,18 +127,20 @@ def _check_scope(model: nn.Module, patterns: Sequence[str]) -> Iterator[Finding]
         )
     if not (idle or strays or frozen):
         told = f"what learns: {told_by_part(by_part)}; {count:,} parameters with gradients and AdamW's moments"
+        told += "" if kept_bytes is None else f"; {told_bytes(kept_bytes)} kept of this batch for its backward pass"
         yield Finding(check=SCOPE, status="ok", what=told, figures=figures)
 
 
-def _strays(sizes: Mapping[str, int], by_part: str, patterns: Sequence[str], figures: Mapping[str, object]) -> Finding:
+def _strays(sizes: Mapping[str, int], by_part: str, patterns: Sequence[str], figures: Mapping[str, Any]) -> Finding:
     """Args: by_part: the same in words."""
-    size = sum(sizes.values())
+    size, kept = sum(sizes.values()), figures["kept_because_of_strays"]
+    activations = "" if kept is None else f", this batch keeps {told_bytes(kept)} more for its backward pass"
     return Finding(
         check=SCOPE,
         status="failed",
         what=f"meant to learn: {', '.join(patterns)}; {len(sizes)} tensors learn besides: {by_part}",
         meaning=f"{size:,} parameters more than was meant take {told_bytes(size * BYTES_PER_PARAMETER)} with "
-        "gradients and AdamW's moments, and that part of the model is trained too",
+        f"gradients and AdamW's moments{activations}, and that part of the model is trained too",
         remedy="patterns decide what learns, and nothing else does: peft matches a list's entries by the end of a "
         "module's name wherever it is, whatever the task_type. Give target_modules the part's path as a regular "
         "expression, or call requires_grad_(False) on the other parts",

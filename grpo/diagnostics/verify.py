@@ -88,8 +88,9 @@ def _trainer_checks(subject: Subject) -> list[Finding]:
     """A pass that fails, or that is not finite, leaves nothing for the others to look at."""
     with dropout_off(subject.parts.policy.model):
         numbers = list(check_numbers(subject))
-        found = list(check_scope(subject))
-        if worst_status(numbers) == "failed":
+        is_sound = worst_status(numbers) != "failed"
+        found = list(check_scope(subject, can_pass=is_sound))
+        if not is_sound:
             return [*found, *numbers]
         flow = list(check_gradient_flow(subject))
         if all("trainable" not in finding.figures or finding.figures["has_grad_fn"] for finding in flow):

@@ -200,7 +200,8 @@ class _Selection:
         if len(by_part) > 1 and not entry.across_parts:
             part, last = next(iter(by_part)), pattern.rpartition(".")[2]
             raise ConfigError(
-                f"{place} matches in {len(by_part)} parts of the model: {told_by_part(by_part)}. Write the path of the "
+                f"{place} matches in {len(by_part)} parts of the model: {told_by_part(by_part)}, with gradients and "
+                "AdamW's moments; what the backward pass keeps because of each comes on top. Write the path of the "
                 f"part that is meant, such as {part if last == '**' else f'{part}.**.{last}'}, or set across_parts: "
                 "true if all of them should learn."
             )

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from grpo.diagnostics.checks.kept_memory import KeptMemory
 from grpo.diagnostics.findings import Finding, worst_status
 from grpo.diagnostics.own_model import verify_model
 
@@ -73,6 +74,21 @@ def test_what_learns_beside_what_was_meant_fails_with_its_part_and_its_bytes() -
     assert "meant to learn: head; 4 tensors learn besides: 4 in encoder" in scope.what
     assert scope.figures["strays"][0] == "encoder.0.weight"
     assert "28 parameters more" in scope.meaning  # 20 and the norm's 8
+    assert "this batch keeps 0 KiB more for its backward pass" in scope.meaning
+    # of [3, 4] in float32: the linear layer's input, the norm's, and dropout's factors; the norm's two statistics
+    assert scope.figures["kept_because_of_strays"] == 3 * 48 + 2 * 16
+
+
+def test_what_a_pass_keeps_is_counted_once_and_told_apart_by_what_learns() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    x = torch.ones(3, 4)
+    kept = KeptMemory(model=model, loss=lambda: model(x).sum())
+    assert kept.total() == 2 * 3 * 4 * 4  # the input of each layer, in float32
+    assert kept.because_of(["1.weight", "1.bias"]) == 48  # the second one's
+    assert kept.because_of(["1.bias"]) == 0
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model[1].requires_grad_(False)
+    assert kept.total() == 48  # gradient goes through the frozen layer by its weight alone
 
 
 def test_a_part_that_was_meant_to_learn_and_is_frozen_or_is_not_there_fails() -> None:

@@ -27,6 +27,16 @@ def test_a_suffix_that_hits_several_parts_of_the_model_fails_with_counts_cost_an
     assert "parts: [{type: lora, modules: qformer.**.query}]" in finding.remedy
 
 
+def test_what_the_backward_pass_keeps_because_of_each_part_is_told_beside_its_parameters() -> None:
+    (finding,) = judge_scope(
+        {**QFORMER, **DECODER}, ["query"], cost="", parts=BLIP, kept_for=lambda modules: len(modules) * 2**20
+    )
+    told = (
+        "; of a micro-batch, kept only because these learn: 2 MiB because of qformer, 3 MiB because of language_model"
+    )
+    assert finding.what.endswith(told)
+
+
 def test_stacks_within_one_part_are_a_warning_only() -> None:
     encoder = {f"language_model.encoder.{n}.query": 1000 for n in range(3)}
     (finding,) = judge_scope({**encoder, **DECODER}, ["query"], cost="", parts=BLIP)
@@ -78,4 +88,6 @@ def test_a_recipe_that_trains_parts_has_sound_rows_and_a_stray_parameter_is_name
     assert flow.status == scope.status == "ok"
     assert flow.what.startswith("trainable 608 = ")
     assert "together 608 parameters" in scope.what
+    assert scope.figures["kept_bytes"] > 0
+    assert f"kept of a micro-batch of {scope.figures['kept_of_tokens']} tokens" in scope.what
     assert [text for text in failed if "model.layers.0.input_layernorm.weight learns" in text]

@@ -51,10 +51,12 @@ def make_instruct_blip(language_model: LanguageModel) -> nn.Module:
         return InstructBlipForConditionalGeneration(config).train()
 
 
-def with_lora(model: nn.Module, patterns: str | Sequence[str], *, task_type: str | None = None) -> PeftModel:
+def with_lora(
+    model: nn.Module, patterns: str | Sequence[str], *, task_type: str | None = None, dropout: float = 0.0
+) -> PeftModel:
     """As people write it: patterns for the modules, and a task type that sounds like a scope."""
     modules = patterns if isinstance(patterns, str) else list(patterns)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type=task_type)  # pyright: ignore
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type=task_type, lora_dropout=dropout)  # pyright: ignore
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         adapted = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
