@@ -54,7 +54,8 @@ def append_lines(path: Path, lines: Iterable[bytes]) -> None:
     Raises:
         StorageError: they could not all be written; the file is then as it was, as far as the disk allows.
     """
-    with LineFile(path) as file:
+    lines = list(lines)
+    with LineFile(path, needed_bytes=sum(len(line) + 1 for line in lines)) as file:
         file.append(lines)
         file.sync()
 
@@ -65,10 +66,16 @@ class LineFile:
     `append` hands lines to the kernel, where they outlive this process; after `sync` they outlive the machine too.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open or make the file, and cut off a half last line. Raises StorageError."""
+    def __init__(self, path: Path, *, needed_bytes: int | None = None) -> None:
+        """Open or make the file, and cut off a half last line.
+
+        Args: needed_bytes: what is to be appended first, for the message where there is no room for a file.
+        Raises:
+            StorageError: it cannot be opened.
+        """
         self.path = path
-        with storage_errors(path):
+        self._unsynced_bytes = 0
+        with storage_errors(path, needed_bytes=needed_bytes):
             is_new = not path.exists()
             self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
@@ -96,11 +103,14 @@ class LineFile:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._file, size)
                 raise
+            self._unsynced_bytes += len(content)
 
     def sync(self) -> None:
         """Wait until all that was appended is on the disk. Raises StorageError."""
-        with storage_errors(self.path):
+        unsynced = self._unsynced_bytes
+        with storage_errors(self.path, needed_bytes=unsynced):  # some disks find out only now that they are full
             os.fsync(self._file)
+        self._unsynced_bytes -= unsynced
 
     def close(self) -> None:
         """Once; does not sync."""

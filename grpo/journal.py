@@ -218,7 +218,8 @@ class Journal:
             if self._file is None:
                 with storage_errors(self.folder, needed_bytes=len(line)):
                     make_folder(self.folder)
-                self._file = LineFile(self.folder / f"{self._chapter}.rank-{self._rank}.jsonl")
+                path = self.folder / f"{self._chapter}.rank-{self._rank}.jsonl"
+                self._file = LineFile(path, needed_bytes=len(line))
             self._file.append([line])
             self._num_written += 1
 

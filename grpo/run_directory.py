@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import RunConfig
-from grpo.durable_files import append_lines, cut_last_lines, fsync_folder, write_atomically
+from grpo.durable_files import append_lines, cut_last_lines, fsync_folder, storage_errors, write_atomically
 from grpo.errors import ConfigError, StorageError
 from grpo.metrics import append_metrics, is_json_object, iter_json_lines, read_metrics
 from grpo.phases import Phase
@@ -64,12 +64,14 @@ class RunDirectory:
         It gets its name when the config is there: one without could neither be resumed nor be begun anew.
         """
         temporary = self.path.with_name(f".{self.path.name}-{uuid.uuid4().hex}")
+        content = dump_config(config).encode()
         try:
-            temporary.mkdir(parents=True)
-            write_atomically(temporary / "config.yaml", dump_config(config).encode())
-            os.rename(temporary, self.path)
-            fsync_folder(self.path.parent)
-        except (OSError, StorageError) as exc:
+            with storage_errors(self.path, needed_bytes=len(content)):
+                temporary.mkdir(parents=True)
+                write_atomically(temporary / "config.yaml", content)
+                os.rename(temporary, self.path)
+                fsync_folder(self.path.parent)
+        except StorageError as exc:
             shutil.rmtree(temporary, ignore_errors=True)
             raise ConfigError(f"output_dir {self.path} cannot be written: {exc}") from exc
 

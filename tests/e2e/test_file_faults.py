@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 from builders import make_batch, make_group, make_policy, make_updater
-from file_faults import FAULTS, failing, operations_of
+from kill_harness.file_faults import FAULTS, failing, operations_of
 from kill_harness.file_operations import CrashDisk, Kept, Operation, watched
 
 from grpo.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from file_faults import FAULTS, failing, operations_of
+from kill_harness.file_faults import FAULTS, failing, operations_of
 from kill_harness.file_operations import CrashDisk, Kept, Operation, watched
 from run_builders import Runs, lines_of, tensors_of, what_was_computed
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from file_faults import failing
+from kill_harness.file_faults import failing
 from kill_harness.file_operations import Operation
 
 from grpo.config import RunConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -14,6 +15,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from kill_harness.file_faults import refuse
+from kill_harness.file_operations import watched
 
 from grpo.errors import ConfigError
 from grpo.run_lock import Owner, RunLock, this_process
@@ -90,6 +93,14 @@ def test_a_number_that_another_process_has_by_now_is_not_the_owner() -> None:
     assert not replace(ours, started="another boot/1").may_be_alive
     assert not Owner(host=ours.host, pid=2**22 + 1, started="").may_be_alive  # above Linux's highest number
     assert replace(ours, host="another machine", pid=2**22 + 1).may_be_alive  # nobody here can know
+
+
+def test_a_disk_that_refuses_to_empty_the_record_ends_no_run_and_keeps_nobody_out(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    lock.take()
+    with watched(tmp_path.resolve(), refuse(errno.ENOSPC)):
+        lock.release()
+    check_free(tmp_path)
 
 
 def test_a_record_that_nobody_can_read_keeps_nobody_out(tmp_path: Path) -> None:
