@@ -50,8 +50,9 @@ def replay_of(batch: MicroBatch, params: SamplingParams, *, remembers: bool = Fa
 def try_prompt_sharing(policy: Policy, batch: MicroBatch) -> str | None:
     """Decide, once a run, whether prompts are computed once for their completions; returns why not.
 
-    A model may keep plain keys and values and yet not look at them as its own pass over the whole row would. So two
-    completions of the first batch go both ways, and their log-probabilities (at temperature 1) have to agree.
+    A model may keep plain keys and values and yet not look at them as its own pass over the whole row would. So a few
+    completions of the first batch go both ways, and their log-probabilities (at temperature 1) have to agree. Where
+    they are too few or too short to tell, it stays undecided: then the two ways are one.
     """
     if not can_share_prompts(policy.causal_lm):
         policy.shares_prompts = False
@@ -59,7 +60,10 @@ def try_prompt_sharing(policy: Policy, batch: MicroBatch) -> str | None:
     policy.shares_prompts = True
     if batch.images is not None:  # the engine has tried them, and there is no other way
         return None
-    few = batch.rows(torch.arange(min(2, len(batch.prompt_of_row)), device=batch.prompt_of_row.device))
+    few = batch.rows(_telling_rows(batch))
+    if len(few.prompt_ids) == 1 and int((few.completion_mask.sum(dim=1) > 1).sum()) < 2:
+        policy.shares_prompts = None
+        return None
     found: list[Tensor] = []
     with _arithmetic(policy):
         for shares in (True, False):
@@ -73,6 +77,13 @@ def try_prompt_sharing(policy: Policy, batch: MicroBatch) -> str | None:
         return None
     policy.shares_prompts = False
     return f"with shared prompts its log-probabilities differ by {difference:.2g} nats"
+
+
+def _telling_rows(batch: MicroBatch) -> Tensor:
+    """Rows in which one completion could be taken for another's: the two longest, and the longest of another prompt."""
+    order = batch.completion_mask.sum(dim=1).argsort(descending=True, stable=True)
+    prompts = batch.prompt_of_row[order]
+    return torch.cat([order[:2], order[prompts != prompts[0]][:1]]).unique()
 
 
 def policy_pass(

@@ -115,16 +115,18 @@ def _shared(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
 def whole_row_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     """The same from rows that hold prompt and completion: slower, for any causal model that reads text alone."""
     assert batch.images is None, "a model that cannot share prompts is refused where they may show images"
-    mask = torch.cat([batch.prompt_mask[batch.prompt_of_row], batch.completion_mask.long()], dim=1)  # [B, L]
+    prompt_mask = batch.prompt_mask[batch.prompt_of_row]  # [B, T_prompt]
+    mask = torch.cat([prompt_mask, batch.completion_mask.long()], dim=1)  # [B, L]
+    # padding at the end alone: between prompt and completion, a window or a carried state would take it for text
+    order = mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(dim=1).max())]  # [B, L']
+    ids = torch.cat([batch.prompt_ids[batch.prompt_of_row], batch.completion_ids], dim=1).gather(1, order)
+    mask = mask.gather(1, order)
     states = model.base_model(
-        input_ids=torch.cat([batch.prompt_ids[batch.prompt_of_row], batch.completion_ids], dim=1),
-        attention_mask=mask,
-        position_ids=_positions(mask),
-        use_cache=False,
-    ).last_hidden_state  # [B, L, H]
-    rows = torch.arange(mask.shape[0], device=mask.device)
-    first = states[rows, batch.prompt_mask.sum(dim=1)[batch.prompt_of_row] - 1][:, None]  # [B, 1, H]
-    return torch.cat([first, states[:, batch.prompt_mask.shape[1] : -1]], dim=1)
+        input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=False
+    ).last_hidden_state  # [B, L', H]
+    rows, offsets = (torch.arange(size, device=mask.device) for size in batch.completion_mask.shape)
+    before = prompt_mask.sum(dim=1)[:, None] - 1 + offsets  # [B, T] places that predict each completion token
+    return states[rows[:, None], before.clamp(max=mask.shape[1] - 1)]
 
 
 def _positions(mask: Tensor) -> Tensor:
