@@ -6,6 +6,7 @@ model together (Bonferroni).
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ LAWS: dict[str, dict[str, Any]] = {
     "banned": {"banned": ((5,), (17,))},
     "top-k": {"top_k": 12},
     "min-p": {"min_p": 0.02},
+    "custom": {"custom": (("vllm_bias:Bias", '{"token": 7, "by": 2.0, "until": 1}'),)},
 }
 SETTINGS = [(temperature, top_p, law) for temperature in (0.7, 1.0, 1.3) for top_p in (1.0, 0.9) for law in LAWS]
 SPREAD = [
@@ -59,6 +61,8 @@ def exact_law(policy: Policy, prompt: EncodedPrompt, params: SamplingParams) -> 
         logits[token] -= params.presence_penalty + params.frequency_penalty * count
     for (token,) in params.banned:
         logits[token] = -torch.inf
+    for _, arguments in params.custom:
+        logits[json.loads(arguments)["token"]] += json.loads(arguments)["by"]
     if params.min_new_tokens > 0:
         logits[list(params.end_token_ids)] = -torch.inf
     descending, order = (logits / params.temperature).sort(descending=True)
