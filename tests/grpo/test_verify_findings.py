@@ -73,9 +73,9 @@ def test_a_judge_that_changes_its_mind_by_as_much_as_it_tells_apart_is_a_warning
     # deviation within the group 0.5; the second asking moves two of four scores by 1: 0.5 on average
     unsteady = judge_steadiness("style", [([1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 1.0])])
     assert unsteady.status == "warning"
-    assert unsteady.what.startswith("style: scored twice, 2 of 4 scores changed, by 0.5 on average")
+    assert unsteady.what.startswith("style: scored twice, 2 of 4 scores the same; 0.5 apart on average")
     steady = judge_steadiness("style", [([1.0, 0.0, 1.0, 0.0], [0.9, 0.0, 1.0, 0.0])])
-    assert steady.status == "ok"
+    assert (steady.status, steady.figures["agreement"]) == ("ok", 0.75)
     assert judge_steadiness("style", [([1.0, None], [None, 0.0])]).figures["scored_twice"] == 0
 
 

@@ -92,7 +92,8 @@ def loss_of(model: nn.Module, *, batch: int = 2) -> Callable[[], Tensor]:
     def loss() -> Tensor:
         dtype = next(model.parameters()).dtype
         given = {"pixel_values": pixels.to(dtype), "qformer_input_ids": question, "input_ids": prompt}
-        labels = question if model.config.text_config.is_encoder_decoder else prompt.masked_fill(prompt == IMAGE, -100)
+        has_decoder = model.config.text_config.is_encoder_decoder  # pyright: ignore[reportAttributeAccessIssue]
+        labels = question if has_decoder else prompt.masked_fill(prompt == IMAGE, -100)
         return model(**given, labels=labels).loss
 
     return loss

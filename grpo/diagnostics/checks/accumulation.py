@@ -119,7 +119,8 @@ def judge_accumulation(found: Accumulated, *, num_tokens: Sequence[int], gap: fl
     return Finding(
         check=CHECK,
         status="ok",
-        what=f"{n} micro-batches, each once, come to one large batch ({gap:.1e} relative difference)",
+        what=f"{n} micro-batches, each once, come to one large batch ({gap:.1e} relative difference; "
+        f"rounding is up to {max_gap:.0e})",
         figures=figures,
     )
 

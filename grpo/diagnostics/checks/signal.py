@@ -97,8 +97,16 @@ def judge_steadiness(name: str, pairs: Sequence[tuple[Sequence[float | None], Se
     spread = mean([pstdev([v for v in first if v is not None] or [0.0]) for first, _ in pairs])
     gap = mean([abs(one - other) for one, other in both]) if both else 0.0
     changed = sum(one != other for one, other in both)
-    what = f"{name}: scored twice, {changed} of {len(both)} scores changed, by {gap:.2g} on average"
-    figures = {"objective": name, "changed": changed, "scored_twice": len(both), "mean_gap": gap, "spread": spread}
+    what = f"{name}: scored twice, {len(both) - changed} of {len(both)} scores the same"
+    what += f"; {gap:.2g} apart on average" if changed else ""
+    figures = {
+        "objective": name,
+        "agreement": 1 - changed / len(both) if both else None,
+        "changed": changed,
+        "scored_twice": len(both),
+        "mean_gap": gap,
+        "spread": spread,
+    }
     if changed and gap > NOISE_MOST * spread:
         return Finding(
             check=CHECK,
