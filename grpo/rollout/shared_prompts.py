@@ -17,8 +17,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-ATTENTION = "grpo_shared_prompts"
-"""Under this name transformers knows the attention; prompts themselves go through torch's SDPA."""
+ATTENTION = "grpo_rollout"
+"""Under this name, its own, transformers knows the attention; prompts themselves go through torch's SDPA."""
 GROWTH = 32
 """Own tokens that a row has room for at first; doubled when they are used up."""
 
