@@ -17,7 +17,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -122,6 +122,7 @@ class Nursery:
         phases: Path,
         kill: AtOperation | None = None,
         learn_imports: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> Iterator[Run]:
         """Fork a run of `grpo ARGUMENTS`.
 
@@ -129,6 +130,7 @@ class Nursery:
             output: gets its stdout and stderr.
             phases: a FIFO that is open for reading; gets a line for each phase as it begins, and ends with the run.
             learn_imports: what this run imports, later ones find imported.
+            environment: what it has beside the nursery's.
         """
         order = {
             "arguments": list(arguments),
@@ -137,6 +139,7 @@ class Nursery:
             "phases": str(phases),
             "kill": None if kill is None else asdict(kill),
             "modules": str(output.with_suffix(".modules")) if learn_imports else None,
+            "environment": dict(environment or {}),
         }
         self.write(order)
         pid = int(self.read()["pid"])
@@ -188,6 +191,7 @@ def _run(order: dict[str, Any], pipe: int) -> None:
         for stream in (1, 2):
             os.dup2(output, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.environ.update(order["environment"])
         sys.argv = ["grpo", *order["arguments"]]
         code = _command(order, pipe)
         if order["modules"]:
