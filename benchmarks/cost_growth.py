@@ -36,7 +36,7 @@ from growth.fits import fit_table, fits_of, misses
 from growth.points import HEAD_TOKENS, HEADS, MODEL, POINT, SERIES, Point
 
 from grpo.bench.memory import ALLOCATOR, model_folder, probed
-from grpo.runtime.memory import num_threads
+from grpo.runtime.memory_hardware import num_threads
 
 REPEATS = 3
 QUICK = (replace(POINT, group_size=2, completion_tokens=8, vocabulary=512),)

@@ -16,7 +16,8 @@ from typing import Any
 from grpo.bench.cases import MemoryCase
 from grpo.errors import RunStopped
 from grpo.recipe_loader import parse_recipe
-from grpo.runtime.memory import Hardware, MemoryPlan, num_threads, plan
+from grpo.runtime.memory import MemoryPlan, plan
+from grpo.runtime.memory_hardware import Hardware, num_threads
 from grpo.runtime.memory_model import shape_of
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

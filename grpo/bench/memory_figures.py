@@ -14,7 +14,7 @@ from typing import Any
 from grpo.bench.cases import CASES, MemoryCase
 from grpo.bench.memory import ALLOCATOR, Measured, predicted_peaks
 from grpo.errors import ConfigError
-from grpo.runtime.memory import num_threads
+from grpo.runtime.memory_hardware import num_threads
 
 MOST_ERROR = 0.1
 """Of a prediction, as a share of what was measured."""

@@ -34,8 +34,8 @@ def plan(
     """Say what a recipe will take in memory, phase by phase, and what fits. Loads no weights, needs no GPU."""
     from grpo.diagnostics.memory_tables import show_memory_plan
     from grpo.recipe_loader import load_recipe
-    from grpo.runtime.memory import hardware_named
     from grpo.runtime.memory import plan as plan_memory
+    from grpo.runtime.memory_hardware import hardware_named
 
     for option, path in (("--json", json_file), ("--plot", plot)):
         check_writable(option, path)

@@ -8,7 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from grpo.runtime.memory import GIB, MemoryPlan
+from grpo.runtime.memory import MemoryPlan
+from grpo.runtime.memory_hardware import GIB
 
 _COLORS = ("#4c72b0", "#8172b3", "#55a868", "#937860", "#8c8c8c")
 _ON_TOP, _PREDICTED = "#dd8452", "#c44e52"

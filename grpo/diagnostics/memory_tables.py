@@ -10,7 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grpo.runtime.memory import GIB, MIB, Change, Limit, MemoryPlan
+from grpo.runtime.memory import MemoryPlan
+from grpo.runtime.memory_hardware import GIB
+from grpo.runtime.memory_search import Change, Limit
+from grpo.runtime.memory_terms import MIB
 
 _BAR_WIDTH = 40
 

@@ -28,25 +28,39 @@ class Rows:
 
 
 def largest_micro_batch(config: RunConfig, prompt_tokens: int) -> Rows:
-    """What `build_batch` puts together at most: whole groups, evenly, or parts of one where the budget is too small."""
-    groups, rows, _ = _packed(config, prompt_tokens)
-    length = config.rollout.max_new_tokens
-    return Rows(prompts=groups, rows=rows, prompt_tokens=prompt_tokens, completion_tokens=length)
+    """The largest that `build_batch` makes of a step whose rows are all of full length."""
+    cut = _cut_of(config, prompt_tokens)
+    return Rows(
+        prompts=cut.prompts,
+        rows=cut.rows,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=config.rollout.max_new_tokens,
+    )
 
 
 def count_micro_batches(config: RunConfig, prompt_tokens: int) -> int:
     """Micro-batches of a step whose rows are all of full length."""
-    return _packed(config, prompt_tokens)[2]
+    return _cut_of(config, prompt_tokens).count
 
 
-def _packed(config: RunConfig, prompt_tokens: int) -> tuple[int, int, int]:
-    """Groups and rows of the largest micro-batch, and the number of them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cut:
+    prompts: int
+    """Of the largest micro-batch."""
+    rows: int
+    """Of the largest."""
+    count: int
+    """Micro-batches of a step."""
+
+
+def _cut_of(config: RunConfig, prompt_tokens: int) -> _Cut:
+    """As few as the budget allows, and of like size: whole groups side by side, or a group in parts."""
     budget, k, length = config.update.micro_batch_tokens, config.rollout.group_size, config.rollout.max_new_tokens
     groups = config.prompts.per_step
-    at_most = budget // (prompt_tokens + k * length)
-    if at_most:
-        count = math.ceil(groups / at_most)
-        largest = math.ceil(groups / count)
-        return largest, largest * k, count
-    parts = math.ceil(k / max((budget - prompt_tokens) // length, 1))
-    return 1, math.ceil(k / parts), groups * parts
+    rows = max((budget - prompt_tokens) // length, 1)  # that fit beside one prompt
+    if rows >= k:
+        count = math.ceil(groups / min(budget // (prompt_tokens + k * length), groups))
+        together = math.ceil(groups / count)
+        return _Cut(prompts=together, rows=together * k, count=count)
+    parts = math.ceil(k / rows)
+    return _Cut(prompts=1, rows=math.ceil(k / parts), count=groups * parts)

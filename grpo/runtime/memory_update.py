@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grpo.config import LoraTrainable
+from grpo.runtime.memory_model import Linear
 from grpo.runtime.memory_terms import FULL, MIB, Terms
 
 CHUNK_TOKENS = 192
@@ -22,42 +23,40 @@ class UpdateTerms:
 
     terms: Terms
 
-    def passes(self) -> list[tuple[int, int, int]]:
-        """(rows, tokens of each, tokens that each attends to) of the passes of one micro-batch."""
+    @property
+    def tokens(self) -> int:
+        """That go through the blocks: prompts once and completions but for their last token, which predicts nothing; or
+        whole rows."""
         rows = self.terms.rows
-        whole = rows.prompt_tokens + rows.completion_tokens
         if not self.terms.shape.shares_prompts:
-            return [(rows.rows, whole, whole)]
-        found = [(rows.prompts, rows.prompt_tokens, rows.prompt_tokens)]
-        if rows.completion_tokens > 1:  # the last token predicts nothing
-            found.append((rows.rows, rows.completion_tokens - 1, whole - 1))
-        return found
+            return rows.rows * (rows.prompt_tokens + rows.completion_tokens)
+        return rows.prompts * rows.prompt_tokens + self.own_tokens
+
+    @property
+    def own_tokens(self) -> int:
+        """Of the completions, in a row of shared prompts."""
+        return self.terms.rows.rows * (self.terms.rows.completion_tokens - 1)
 
     def is_plain_attention(self) -> bool:
-        """Scores are held: asked for, or short rows on a CPU."""
-        if self.terms.config.attention == "eager":
+        """Scores are held: short rows on a CPU, or asked for where whole rows go through the model's own attention."""
+        rows, terms = self.terms.rows, self.terms
+        if terms.config.attention == "eager" and not terms.shape.shares_prompts:
             return True
-        rows = self.terms.rows
-        scores = (
-            rows.rows * self.terms.shape.heads * rows.completion_tokens * (rows.prompt_tokens + rows.completion_tokens)
-        )
-        return self.terms.is_cpu and scores <= PLAIN_ATTENTION_SCORES
+        scores = rows.rows * terms.shape.heads * rows.completion_tokens * (rows.prompt_tokens + rows.completion_tokens)
+        return terms.is_cpu and scores <= PLAIN_ATTENTION_SCORES
 
     def saved_per_token(self) -> int:
-        """What a block keeps of a token for its gradients, but for attention over other tokens."""
+        """What a block keeps of a token for its gradients, but for attention."""
         shape, width = self.terms.shape, self.terms.width
         trainable = self.terms.config.trainable
         parts = self.terms.learning_parts
-        adapted = shape.adapted(trainable) if isinstance(trainable, LoraTrainable) else shape.linears
-        adapted = parts.linears if parts else adapted
+        adapted = self._adapted
         norms_learn = parts.has_norms if parts else self.terms.is_full
         sizes = {linear.reads: linear.inputs for linear in adapted}
         inputs = sum(sizes.values()) * width
         if self.terms.is_full and width < FULL:  # what a norm in float32 gives, each layer rounds for itself
             again = sum(linear.inputs for linear in adapted if linear.reads in ("attention", "feed"))
             inputs += (again - sizes["attention"] - sizes["feed"]) * width
-        if "mixed" not in sizes and not self.is_plain_attention():
-            inputs += shape.query_size * width  # the fused kernel keeps its own result
         if shape.has_layer_norm:
             norms = shape.norms * shape.hidden * (FULL if norms_learn else width)
         else:  # in float32: the input and, where the scale learns, the normed value
@@ -67,37 +66,66 @@ class UpdateTerms:
         if shape.is_gated:
             inner = 3 * shape.intermediate  # the gate, its activation, the other half
             inner += 0 if shape.activation in ("silu", "gelu_pytorch_tanh", "gelu", "relu") else 3 * shape.intermediate
-        else:
-            inner = (
-                4 if shape.activation == "gelu_new" else 1
-            ) * shape.intermediate  # gelu_new is a chain of operators
+        else:  # gelu_new is a chain of operators
+            inner = (4 if shape.activation == "gelu_new" else 1) * shape.intermediate
         ranks = sum(trainable.rank for _ in adapted) * width if isinstance(trainable, LoraTrainable) else 0
         ranks += parts.rank * width if parts else 0
-        return inputs + norms + inner * width + shape.query_size * width + ranks
+        return inputs + norms + inner * width + ranks
 
-    def saved_attention(self, rows: int, tokens: int, attended: int, *, is_prompt: bool) -> int:
-        """What a block keeps of the attention of one pass."""
-        shape = self.terms.shape
-        kv_heads = shape.heads
+    @property
+    def _adapted(self) -> tuple[Linear, ...]:
+        """Linear layers of a block whose input is kept."""
+        if parts := self.terms.learning_parts:
+            return parts.linears
+        trainable, shape = self.terms.config.trainable, self.terms.shape
+        return shape.adapted(trainable) if isinstance(trainable, LoraTrainable) else shape.linears
+
+    def scores(self) -> int:
+        """Pairs of a query and a key whose scores exist at once, of completions' queries; all heads."""
+        rows, heads = self.terms.rows, self.terms.shape.heads
+        if not self.terms.shape.shares_prompts:
+            return heads * rows.rows * (rows.prompt_tokens + rows.completion_tokens) ** 2
+        return heads * self.own_tokens * (rows.prompt_tokens + rows.completion_tokens - 1)
+
+    def saved_attention(self) -> int:
+        """What a block keeps of its attention."""
+        if not self.terms.shape.shares_prompts:
+            return self._saved_attention_of_whole_rows()
+        rows, shape, width = self.terms.rows, self.terms.shape, self.terms.width
+        prompt_tokens = rows.prompts * rows.prompt_tokens
         if self.is_plain_attention():
-            scores = rows * shape.heads * tokens * attended
-            # in float32 from the softmax on, and rounded; GPT-2 takes the softmax in the dtype it has
-            is_narrow = self.terms.width == FULL or (shape.has_layer_norm and not self.terms.is_full)
-            widths = self.terms.width if is_narrow else FULL + self.terms.width
-            kept = scores * widths
-        else:
-            kept = rows * shape.heads * tokens * FULL  # the sum of each row's exponentials
-            if is_prompt:
-                kv_heads = shape.kv_heads
-            else:
-                kept += rows * tokens * attended * self.terms.width  # the mask, as numbers
-        return kept + 2 * rows * attended * kv_heads * shape.head_size * self.terms.width
+            # completions' queries are laid out once for their prompt's keys and once for their own
+            queries = (prompt_tokens + 2 * self.own_tokens) * shape.query_size
+            keys = 2 * self.own_tokens * shape.kv_size
+            # prompts' keys and values: read in two products; views of the row where there is one prompt
+            keys += (2 * self.tokens if rows.prompts == 1 else 4 * prompt_tokens) * shape.kv_size
+            scores = self.scores() + shape.heads * prompt_tokens * rows.prompt_tokens
+            return scores * self._share_width + (queries + keys) * width
+        states = 2 * self.tokens * shape.query_size  # queries, and what the kernel gives
+        states += 2 * (self.tokens + rows.rows * rows.prompt_tokens + self.own_tokens) * shape.kv_size
+        mask = self.scores() // shape.heads  # as numbers
+        return (states + mask) * width + self.tokens * shape.heads * FULL  # the sum of each query's exponentials
 
-    def saved_of_pass(self, rows: int, tokens: int, attended: int, *, is_prompt: bool) -> int:
-        """What all blocks keep of one pass."""
-        block = rows * tokens * self.saved_per_token()
-        block += self.saved_attention(rows, tokens, attended, is_prompt=is_prompt)
+    @property
+    def _share_width(self) -> int:
+        """Bytes of a score that is held after its softmax, which is in float32, and rounded."""
+        return FULL if self.terms.width == FULL else FULL + self.terms.width
+
+    def _saved_attention_of_whole_rows(self) -> int:
+        """The model's own attention."""
+        shape, width = self.terms.shape, self.terms.width
+        states = self.tokens * shape.query_size + 2 * self.tokens * shape.heads * shape.head_size
+        if self.is_plain_attention():
+            return self.scores() * self._share_width + states * width
+        if all(linear.reads != "mixed" for linear in self._adapted):
+            states += self.tokens * shape.query_size  # the fused kernel keeps its own result
+        mask = self.scores() // shape.heads  # as numbers
+        return (states + mask) * width + self.tokens * shape.heads * FULL  # the sum of each query's exponentials
+
+    def saved_of_blocks(self) -> int:
+        """What all blocks keep."""
         parts = self.terms.learning_parts
+        block = self.tokens * self.saved_per_token() + self.saved_attention()
         return (parts.layers if parts else self.terms.shape.layers) * block
 
     @property
@@ -105,12 +133,6 @@ class UpdateTerms:
         """Blocks that keep their input alone: grpo.update.activations.checkpointed_blocks."""
         return {"none": 0, "selective": self.terms.shape.layers // 2, "full": self.terms.shape.layers}[
             self.terms.config.update.checkpointing
-        ]
-
-    def _saved_per_pass(self) -> list[int]:
-        passes = self.passes()
-        return [
-            self.saved_of_pass(*each, is_prompt=number == 0 and len(passes) > 1) for number, each in enumerate(passes)
         ]
 
     def weight_copies(self) -> int:
@@ -127,54 +149,27 @@ class UpdateTerms:
     def saved(self) -> int:
         """All that the backward pass of a micro-batch needs, the weights' copies in the products' dtype included; of a
         block that is computed again, its input."""
-        whole = sum(self._saved_per_pass()) + self.weight_copies()
-        tokens = sum(rows * tokens for rows, tokens, _ in self.passes())
-        inputs = tokens * self.terms.shape.hidden * (FULL if self.terms.is_full else self.terms.width)
+        whole = self.saved_of_blocks() + self.weight_copies()
+        inputs = self.tokens * self.terms.shape.hidden * (FULL if self.terms.is_full else self.terms.width)
         kept = self.terms.shape.layers - self.recomputed_layers
         return whole * kept // self.terms.shape.layers + inputs * self.recomputed_layers + self.last_norm()
 
     def last_norm(self) -> int:
         """What the norm behind the last block keeps: its input, and the normed values where its scale learns."""
-        tokens = sum(rows * tokens for rows, tokens, _ in self.passes())
-        return (
-            tokens
-            * self.terms.shape.hidden
-            * FULL
-            * (2 if self.terms.is_full and not self.terms.shape.has_layer_norm else 1)
-        )
+        copies = 2 if self.terms.is_full and not self.terms.shape.has_layer_norm else 1
+        return self.tokens * self.terms.shape.hidden * FULL * copies
 
     def recomputed_block(self) -> int:
         """What one block keeps while its gradient is computed, where that was not kept."""
         if not self.recomputed_layers:
             return 0
-        return (max(self._saved_per_pass()) + self.weight_copies()) // self.terms.shape.layers
+        return (self.saved_of_blocks() + self.weight_copies()) // self.terms.shape.layers
 
     def saved_on_device(self) -> int:
         """Where the rest waits in the host's memory: about two blocks', one on its way and one in use. Not measured."""
         if self.terms.config.update.offload == "none":
             return self.saved()
         return min(self.saved(), 2 * self.saved() // self.terms.shape.layers)
-
-    def cached_prompts(self) -> int:
-        """Keys and values of a micro-batch's prompts, of all layers. Where all weights learn, positions turn the keys
-        in float32."""
-        if not self.terms.shape.shares_prompts:
-            return 0
-        tokens = self.terms.rows.prompts * self.terms.rows.prompt_tokens
-        return tokens * self.terms.shape.kv_size * self._key_and_value_width * self.terms.shape.layers
-
-    def expanded_prompts(self) -> int:
-        """One layer's keys and values while completions are computed: prompts once per completion, alone and joined
-        with the completions' own."""
-        if not self.terms.shape.shares_prompts:
-            return 0
-        rows = self.terms.rows
-        tokens = rows.rows * (2 * rows.prompt_tokens + rows.completion_tokens - 1)
-        return tokens * self.terms.shape.kv_size * self._key_and_value_width
-
-    @property
-    def _key_and_value_width(self) -> int:
-        return self.terms.width + (FULL if self.terms.is_full else self.terms.width)
 
     def _written_out(self) -> int:
         """The largest packed weight, for its product."""
@@ -191,52 +186,48 @@ class UpdateTerms:
 
     def reference_pass(self) -> int:
         """One micro-batch through the reference: one block at a time, then the head."""
-        rows, tokens, attended = self.passes()[-1]
-        block = self.terms.block_forward(rows * tokens)
-        scores = rows * self.terms.shape.heads * tokens * attended * (2 * FULL) if self.is_plain_attention() else 0
-        scores += 2 * rows * attended * self.terms.shape.query_size * self.terms.width
+        shape, width = self.terms.shape, self.terms.width
         # queries before and after they are turned, keys and values, the residual and what is normed
-        scores += (
-            rows
-            * tokens
-            * 2
-            * (self.terms.shape.query_size + self.terms.shape.kv_size + self.terms.shape.hidden)
-            * self.terms.width
-        )
-        prompts = self.cached_prompts() + self.expanded_prompts()
-        return max(prompts + max(block, scores), self.states() + self.logits(has_filters=False))
+        attention = self.tokens * 2 * (shape.query_size + shape.kv_size + shape.hidden) * width
+        attention += self.attending()
+        return max(self.terms.block_forward(self.tokens), attention, self.states() + self.logits(has_filters=False))
+
+    def attending(self) -> int:
+        """What attention makes on its way and does not keep."""
+        width, rows = self.terms.width, self.terms.rows
+        if self.is_plain_attention():  # scores, of shared prompts the parts that they are put together from, softmax
+            parts = 2 if self.terms.shape.shares_prompts else 1
+            return self.scores() * (parts * width + self._share_width)
+        return 2 * rows.rows * (rows.prompt_tokens + rows.completion_tokens) * self.terms.shape.kv_size * width
 
     def update_pass(self) -> int:
         """One micro-batch from its forward pass to its gradient: the largest of the moments that can be the peak."""
-        shape, rollout = self.terms.shape, self.terms.config.rollout
-        states = self.states()
-        # blocks that are computed again read the prompts' cache a second time
-        saved = self.saved_on_device() + (self.cached_prompts() if self.recomputed_layers else 0)
+        apart = 0
+        if self.terms.config.update.gradients.method != "sum" or self.terms.config.update.gradients.cosine_every:
+            apart = len(self.terms.config.objectives) * FULL * self.terms.learning
+        return max(self.moments().values()) + apart
+
+    def moments(self) -> dict[str, int]:
+        """What is there beyond what stays, at each moment that can be the peak."""
+        shape, rollout, width = self.terms.shape, self.terms.config.rollout, self.terms.width
+        saved, states = self.saved_on_device(), self.states()
         has_filters = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
         head_gradient = FULL * shape.head_parameters if self.terms.trains_head else 0
         # a frozen head's slopes; of one that learns, its input, the gradient by it, and that by the states
         head_slopes = self.terms.rows.loss_tokens * shape.hidden * FULL * (3 if self.terms.trains_head else 1)
-        rows, tokens, _ = self.passes()[-1]
-        backward = rows * tokens * (2 * shape.intermediate * self.terms.width + 2 * shape.hidden * FULL)
+        backward = self.tokens * (2 * shape.intermediate * width + 2 * shape.hidden * FULL)
         backward += self.recomputed_block() + self._written_out()
         freed = self.last_norm() if self.recomputed_layers else 0  # before the last block is computed again
         own_gradient = FULL * self.terms.learning
-        of_forward = self.weight_copies() * self.recomputed_layers // self.terms.shape.layers
-        moments = (
-            saved + of_forward + self.cached_prompts() + states // 2,  # the forward pass ends
-            saved + states + head_slopes + head_gradient + self.logits(has_filters=has_filters),  # the head
-            saved + head_gradient + backward - freed,  # the backward pass begins
-            own_gradient + 3 * head_gradient,  # it ends: embeddings used in each pass
-        )
-        if self.terms.width < FULL and not self.terms.is_full:
-            moments = (*moments, saved + backward - freed)
-        if self.recomputed_layers == shape.layers:  # the first block's turn: inputs are gone, gradients have come
-            gone = (
-                rows * tokens * shape.hidden * (FULL if self.terms.is_full else self.terms.width) * (shape.layers - 1)
-            )
+        of_forward = self.weight_copies() * self.recomputed_layers // shape.layers
+        found = {
+            "the forward pass ends": saved + of_forward + states // 2,
+            "the head": saved + states + head_slopes + head_gradient + self.logits(has_filters=has_filters),
+            "the backward pass begins": saved + head_gradient + backward - freed,
+            "the backward pass ends": own_gradient + 3 * head_gradient,
+        }
+        if self.recomputed_layers == shape.layers:  # inputs are gone, gradients have come
+            gone = self.tokens * shape.hidden * (FULL if self.terms.is_full else width) * (shape.layers - 1)
             come = max(own_gradient - (FULL * shape.head_parameters if self.terms.trains_head else 0), 0)
-            moments = (*moments, saved + head_gradient + backward - freed - gone + come)
-        apart = 0
-        if self.terms.config.update.gradients.method != "sum" or self.terms.config.update.gradients.cosine_every:
-            apart = len(self.terms.config.objectives) * FULL * self.terms.learning
-        return max(moments) + apart
+            found["the first block's turn"] = saved + head_gradient + backward - freed - gone + come
+        return found

@@ -16,7 +16,7 @@ from grpo.cli import main
 from grpo.diagnostics.memory_plots import bench_figure
 from grpo.diagnostics.memory_tables import show_memory_bench
 from grpo.errors import ConfigError
-from grpo.runtime.memory import MIB
+from grpo.runtime.memory_terms import MIB
 
 LLAMA_1B = {
     "model_type": "llama",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from grpo.recipe_loader import parse_recipe
 from grpo.rollout import decoding, shared_prompts
 from grpo.rollout.base import SamplingParams
 from grpo.runtime import quantization
-from grpo.runtime.memory import GIB, Hardware, changed, hardware_named, plan
+from grpo.runtime.memory import plan
+from grpo.runtime.memory_changes import changed
+from grpo.runtime.memory_hardware import GIB, Hardware, hardware_named
 from grpo.runtime.memory_model import KNOWN, ModelShape, read_shape, shape_of
-from grpo.runtime.memory_rows import Rows, largest_micro_batch
+from grpo.runtime.memory_rows import Rows, count_micro_batches, largest_micro_batch
 from grpo.runtime.memory_terms import CACHE_GROWTH, PACKED_BLOCK, PREFILL_TOKENS, Terms
 from grpo.runtime.memory_update import CHUNK_TOKENS, PLAIN_ATTENTION_SCORES, UpdateTerms
 from grpo.runtime.policy import Policy, dropout_off
@@ -224,19 +227,29 @@ def test_where_smaller_micro_batches_are_not_enough_blocks_are_computed_again() 
     assert first.overrides[0].startswith(("update.checkpointing=", "update.offload="))
 
 
-@pytest.mark.parametrize("budget", [1, 300, 700, 1000, 5000])
-def test_the_largest_micro_batch_is_the_one_that_is_built(budget: int) -> None:
-    config = recipe(
-        rollout={"group_size": 4, "max_new_tokens": 50},
-        update={"micro_batch_tokens": budget},
-        prompts={"type": "tasks", "names": ["fairness"], "per_step": 5},
-    )
-    groups = [
-        make_group([{"a": float(k)} for k in range(4)], lengths=[50] * 4, prompt_length=30, seed=seed)
-        for seed in range(5)
-    ]
-    built = make_batch(groups, budget=budget, max_new_tokens=50)
-    assert largest_micro_batch(config, 30).padded_tokens == max(micro.padded_tokens for micro in built.micro_batches)
+def test_micro_batches_are_planned_as_they_are_built() -> None:
+    """Steps of all kinds: groups that are cut, that fit alone, that go side by side."""
+    draw = random.Random(0)
+    for _ in range(60):
+        k, prompts, prompt_tokens, length = (draw.randint(*ends) for ends in ((2, 9), (1, 5), (1, 40), (1, 30)))
+        budget = draw.randint(1, prompts * (prompt_tokens + k * length) + 20)
+        config = recipe(
+            rollout={"group_size": k, "max_new_tokens": length},
+            update={"micro_batch_tokens": budget},
+            prompts={"type": "tasks", "names": ["fairness"], "per_step": prompts},
+        )
+        groups = [
+            make_group(
+                [{"a": float(n)} for n in range(k)], lengths=[length] * k, prompt_length=prompt_tokens, seed=number
+            )
+            for number in range(prompts)
+        ]
+        built = make_batch(groups, budget=budget, max_new_tokens=length).micro_batches
+        largest = max(built, key=lambda micro: micro.padded_tokens)
+        planned = largest_micro_batch(config, prompt_tokens)
+        assert planned.padded_tokens == largest.padded_tokens
+        assert (planned.prompts, planned.rows) == (len(largest.prompt_ids), len(largest.completion_ids))
+        assert count_micro_batches(config, prompt_tokens) == len(built)
 
 
 def test_what_a_lora_run_holds_worked_by_hand() -> None:
@@ -297,7 +310,9 @@ def test_all_weights_that_can_never_fit_are_told_to_be_adapters() -> None:
         hardware_named("a100-40g"),
         shape=shape_of(LLAMA_7B, source="7B"),
     )
-    assert found.changes[0].overrides == ("trainable={type: lora}",)
+    assert found.changes[0].fits
+    assert "trainable={type: lora}" in found.changes[0].overrides
+    assert all("trainable={type: lora}" in change.overrides for change in found.changes if change.fits)
     assert [limit.largest for limit in found.limits] == [None] * 4
 
 

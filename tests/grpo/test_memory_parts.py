@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo.config import PartsTrainable, RunConfig
 from grpo.errors import ConfigError
 from grpo.recipe_loader import parse_recipe
-from grpo.runtime.memory import hardware_named, plan
+from grpo.runtime.memory import plan
+from grpo.runtime.memory_hardware import hardware_named
 from grpo.runtime.memory_model import KNOWN, ModelShape, shape_of
 from grpo.runtime.memory_parts import learning_parts
 from grpo.runtime.policy import Policy

@@ -21,7 +21,8 @@ from grpo.errors import ConfigError
 from grpo.recipe_loader import parse_recipe
 from grpo.run_directory import RunDirectory
 from grpo.runtime.machine import Gpu, MachineFacts
-from grpo.runtime.memory import CONTEXT_BYTES, PROCESS_BYTES, hardware_named, plan
+from grpo.runtime.memory import CONTEXT_BYTES, PROCESS_BYTES, plan
+from grpo.runtime.memory_hardware import hardware_named
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -28,7 +28,8 @@ from grpo.bench.stages import make_model_folder, random_groups
 from grpo.config import RunConfig
 from grpo.recipe_loader import load_recipe, parse_recipe
 from grpo.rollout.base import SamplingParams
-from grpo.runtime.memory import hardware_named, plan
+from grpo.runtime.memory import plan
+from grpo.runtime.memory_hardware import hardware_named
 from grpo.runtime.models import load_model
 from grpo.runtime.policy import Policy
 from grpo.trainer import Trainer

@@ -20,7 +20,9 @@ from grpo.commands.doctor import examine_and_show
 from grpo.config import RunConfig
 from grpo.recipe_loader import load_recipe
 from grpo.runtime.machine import Gpu, MachineFacts, Package
-from grpo.runtime.memory import changed, hardware_named, plan
+from grpo.runtime.memory import plan
+from grpo.runtime.memory_changes import changed
+from grpo.runtime.memory_hardware import hardware_named
 from grpo.trainer import Trainer
 
 GIB = 1 << 30

@@ -12,7 +12,8 @@ from grpo.diagnostics.findings import Finding
 from grpo.diagnostics.memory_tables import amount
 from grpo.errors import InputError
 from grpo.runtime.machine import BFLOAT16_CAPABILITY, Machine, MachineFacts
-from grpo.runtime.memory import DEFAULT_PROMPT_TOKENS, Hardware, hardware_named, plan
+from grpo.runtime.memory import DEFAULT_PROMPT_TOKENS, plan
+from grpo.runtime.memory_hardware import Hardware, hardware_named
 from grpo.runtime.memory_model import read_shape
 from grpo.runtime.memory_rows import largest_micro_batch
 from grpo.runtime.memory_terms import FULL, Terms

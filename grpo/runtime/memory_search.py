@@ -1,0 +1,184 @@
+"""A recipe and what it would need -> how far its keys can go, and what to change where it does not fit. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TypeAlias
+
+from grpo.config import RunConfig
+from grpo.runtime.memory_changes import Candidate, changed
+from grpo.runtime.memory_rows import count_micro_batches, largest_micro_batch
+
+LARGEST = {"rollout.group_size": 256, "rollout.max_new_tokens": 2**17, "prompts.per_step": 4096}
+"""Beyond these nothing is searched: memory is not what bounds a run then."""
+SHOWN_CHANGES = 5
+SHOWN_OF_A_KIND = 2
+MOST_TOGETHER = 3
+"""Changes that are tried together where one alone does not do."""
+NEXT_TO_NOTHING = 0.01
+"""Of the peak: what a further change has to save to be told beside those without it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """What a recipe needs at most."""
+
+    peak_bytes: int
+    fits: bool
+
+
+NeedOf: TypeAlias = Callable[[RunConfig], Need]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """The largest value of one recipe key that fits, everything else as it is but for smaller micro-batches."""
+
+    key: str
+    now: int
+    largest: int | None
+    """None: not even the smallest fits."""
+    is_bounded: bool
+    """It was not searched beyond this: memory is not what bounds it."""
+    micro_batch_tokens: int | None = None
+    """The budget that the largest value needs, where that is less than the recipe's: the same effective batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """Something else in the recipe, and the peak with it."""
+
+    overrides: tuple[str, ...]
+    """As `grpo train` takes them."""
+    why: str
+    peak_bytes: int
+    fits: bool
+    keeps_gradient: bool
+    """The same gradient, in more and smaller parts."""
+    takes_time: bool
+    """Arithmetic or copies that there were not before."""
+    packing: str = ""
+    """How a step is cut then, as `packing_of`; empty where it is cut as now."""
+
+
+def packing_of(config: RunConfig, prompt_tokens: int) -> str:
+    """Completions of the largest micro-batch, and how many of them a step has: "4 x 32" is an effective batch of 128;
+    "at most 5 x 26" where some are smaller."""
+    rows, count = largest_micro_batch(config, prompt_tokens).rows, count_micro_batches(config, prompt_tokens)
+    is_even = rows * count == config.prompts.per_step * config.rollout.group_size
+    return f"{rows} x {count}" if is_even else f"at most {rows} x {count}"
+
+
+def limits_of(config: RunConfig, need_of: NeedOf, *, prompt_tokens: int) -> Iterator[Limit]:
+    """Of the micro-batches, then of K, length and prompts in micro-batches as small as need be."""
+    update, rollout = config.update, config.rollout
+    whole = config.prompts.per_step * (prompt_tokens + rollout.group_size * rollout.max_new_tokens)
+    largest = largest_budget(config, need_of, most=whole)
+    yield Limit(
+        key="update.micro_batch_tokens", now=update.micro_batch_tokens, largest=largest, is_bounded=largest == whole
+    )
+    for key, now in (
+        ("rollout.group_size", rollout.group_size),
+        ("rollout.max_new_tokens", rollout.max_new_tokens),
+        ("prompts.per_step", config.prompts.per_step),
+    ):
+
+        def with_value(value: int, name: str = key.replace(".", "__"), **more: int) -> RunConfig:
+            return changed(config, **{name: value}, **more)
+
+        def fits_somehow(value: int, with_value: Callable[..., RunConfig] = with_value) -> bool:
+            return need_of(with_value(value, update__micro_batch_tokens=1)).fits
+
+        if key == "rollout.group_size":  # rows decoded side by side are whole groups: memory does not only grow with K
+            largest = next((value for value in range(LARGEST[key], 1, -1) if fits_somehow(value)), None)
+        else:
+            largest = _largest(fits_somehow, 1, LARGEST[key])
+        budget = None
+        if largest is not None and not need_of(with_value(largest)).fits:
+            budget = largest_budget(with_value(largest), need_of, most=update.micro_batch_tokens)
+        is_bounded = largest == LARGEST[key]
+        yield Limit(key=key, now=now, largest=largest, is_bounded=is_bounded, micro_batch_tokens=budget)
+
+
+def largest_budget(config: RunConfig, need_of: NeedOf, *, most: int) -> int | None:
+    """The largest update.micro_batch_tokens that fits, of at most `most`."""
+    return _largest(lambda value: need_of(changed(config, update__micro_batch_tokens=value)).fits, 1, most)
+
+
+def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
+    """The largest value that fits, where memory grows with it; None where the least does not."""
+    if not fits(least):
+        return None
+    low, high = least, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def changes_of(
+    config: RunConfig, candidates: Sequence[Candidate], need_of: NeedOf, *, prompt_tokens: int
+) -> tuple[Change, ...]:
+    """What lowers the peak, the best first: what fits and keeps the gradient, then what fits, then by what it saves.
+
+    Changes are put together only where none alone fits and keeps the gradient.
+    """
+    now = need_of(config)
+    found: dict[tuple[int, ...], Change] = {}
+    for count in range(1, MOST_TOGETHER + 1):
+        for numbers in combinations(range(len(candidates)), count):
+            parts = [candidates[number] for number in numbers]
+            if len({key for part in parts for key in part.values}) < sum(len(part.values) for part in parts):
+                continue  # two values of one key
+            change = _change(config, parts, need_of, prompt_tokens)
+            if change.peak_bytes < now.peak_bytes and not _is_idle(numbers, change, found):
+                found[numbers] = change
+        if any(change.fits and change.keeps_gradient for change in found.values()):
+            break
+    return tuple(_some_of_each(sorted(found.values(), key=_rank))[:SHOWN_CHANGES])
+
+
+def _change(config: RunConfig, parts: Sequence[Candidate], need_of: NeedOf, prompt_tokens: int) -> Change:
+    values = {key: value for part in parts for key, value in part.values.items()}
+    then = changed(config, **values)
+    need = need_of(then)
+    is_cut = any(name in values for name in ("update__micro_batch_tokens", "rollout__max_new_tokens"))
+    return Change(
+        overrides=tuple(part.text for part in parts),
+        why="; ".join(part.why for part in parts),
+        peak_bytes=need.peak_bytes,
+        fits=need.fits,
+        keeps_gradient=all(part.keeps_gradient for part in parts),
+        takes_time=any(part.takes_time for part in parts),
+        packing=packing_of(then, prompt_tokens) if is_cut else "",
+    )
+
+
+def _is_idle(numbers: tuple[int, ...], change: Change, found: dict[tuple[int, ...], Change]) -> bool:
+    """Some of the changes without the others do as much."""
+    smaller = [found[some] for n in range(1, len(numbers)) for some in combinations(numbers, n) if some in found]
+    if change.fits:
+        return any(other.fits for other in smaller)
+    return any(other.peak_bytes <= change.peak_bytes * (1 + NEXT_TO_NOTHING) for other in smaller)
+
+
+def _rank(change: Change) -> tuple[bool, bool, bool, int, int]:
+    """Of what fits and keeps the gradient first what costs no time, then what gives up least; else what saves most."""
+    if not change.fits:
+        return (True, False, False, 0, change.peak_bytes)
+    gives_up = -change.peak_bytes if change.keeps_gradient else change.peak_bytes
+    return (False, not change.keeps_gradient, change.takes_time, len(change.overrides), gives_up)
+
+
+def _some_of_each(ranked: Sequence[Change]) -> list[Change]:
+    """Of those that change the same keys, such as ever smaller micro-batches, the first few."""
+    shown: dict[tuple[str, ...], int] = {}
+    kept: list[Change] = []
+    for change in ranked:
+        keys = tuple(text.partition("=")[0] for text in change.overrides)
+        shown[keys] = shown.get(keys, 0) + 1
+        if shown[keys] <= SHOWN_OF_A_KIND:
+            kept.append(change)
+    return kept
