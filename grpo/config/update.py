@@ -188,10 +188,12 @@ class UpdateConfig(StrictModel):
     """Rollout correction; none where None. The ratio's tails are logged either way."""
     truncated: TruncatedConfig = TruncatedKeep()
     flat_groups: Literal["kl_only", "drop"] = "kl_only"
-    """Groups whose scores are all equal teach nothing: they keep their KL term, or leave the update."""
+    """Groups whose scores are all equal teach nothing: they keep their KL term, or leave the update. Where beta is
+    fixed at 0 and there is no entropy bonus, those that stay count in the denominators, but take no pass."""
     gradients: GradientsConfig = GradientsConfig()
     micro_batch_tokens: int = Field(default=8192, ge=1)
-    """Budget of one micro-batch, padding included. Changes memory and speed, never the gradient."""
+    """Budget of one micro-batch, padding included. Changes memory and speed, never the gradient. As few micro-batches
+    as it allows, of like cost; a group's completions stay with their prompt where it holds them all."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """Blocks of the model that keep only their input and are computed again for their gradient: every second one
     (selective) or all (full). The same gradient, in less memory and more time."""
