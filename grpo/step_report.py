@@ -106,7 +106,7 @@ def _warnings_of(row: Mapping[str, float | int | None], stats: UpdateStats) -> l
     if stats.skipped is not None:
         found.append(
             f"step {row[names.STEP]} was skipped, {stats.skipped.in_a_row} in a row: {stats.skipped.cause}. Its batch "
-            "lies in non_finite/ in the run directory"
+            "lies in non_finite/ in the run directory. Check: grpo verify RECIPE (numbers)"
         )
     return found
 
@@ -121,7 +121,8 @@ def check_can_go_on(report: StepReport, *, max_in_a_row: int) -> None:
         raise NonFiniteUpdate(
             f"step {report.step}: {report.skipped.in_a_row} steps in a row without a finite gradient "
             f"(update.max_non_finite_steps = {max_in_a_row}). Last cause: {report.skipped.cause}. The parameters are "
-            "those of the last good step; the batches lie in non_finite/ in the run directory."
+            "those of the last good step; the batches lie in non_finite/ in the run directory. "
+            "Check: grpo verify RECIPE (numbers)"
         )
 
 

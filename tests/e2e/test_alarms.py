@@ -77,3 +77,21 @@ def test_where_the_recipe_says_stop_an_evaluation_that_did_not_move_ends_a_run_t
     assert {"before", "after", "difference"} <= json.loads((run_dir / "eval.json").read_text()).keys()
     code, _, stderr = runs.command("train", str(run_dir), "--resume")  # nothing is left to do
     assert code == 0, stderr
+
+
+def test_completions_without_an_end_without_a_verdict_or_of_one_token_are_told_by_objective(runs: Runs) -> None:
+    told, brief = Notebook(), Notebook()
+    silent = {"short": make_objective(missing=["p0", "p4"]), "long": make_objective()}  # two of its four prompts
+    prompts = {"type": "file", "path": "train.jsonl", "per_step": 8}
+    changes = {"prompts": prompts, "optim": {"learning_rate": 1e-3}, "scoring": {"min_valid_fraction": 0.0}}
+    runs.run("long_winded", steps=5, observer=told, objectives=silent, **changes)
+    assert [warning.split(":")[0] for warning in told.warnings if "long" not in warning] == [
+        "unscored completions of short, step 3",
+        "truncated completions of short, step 5",  # the tiny model hardly ever draws its one end token
+    ]
+    rollout = {"group_size": 4, "max_new_tokens": 8, "end_tokens": list(range(320))}  # every token there is
+    runs.run("brief", steps=3, observer=brief, rollout=rollout, **changes)
+    assert [warning.split(":")[0] for warning in brief.warnings if "one-token" in warning] == [
+        "one-token completions of short, step 3",
+        "one-token completions of long, step 3",
+    ]

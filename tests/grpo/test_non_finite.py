@@ -78,6 +78,7 @@ def test_a_step_that_is_not_finite_changes_no_parameter_is_dumped_and_told(how: 
     (warning,) = told.warnings
     assert warning.startswith("step 2 was skipped, 1 in a row: ")
     assert cause in warning
+    assert warning.endswith("Check: grpo verify RECIPE (numbers)")
     before, after, later = (weights_of(run_dir, step) for step in (1, 2, 3))
     assert [name for name in before if not torch.equal(before[name], after[name])] == []  # the optimizer's too
     assert any(not torch.equal(later[name], after[name]) for name in later)
@@ -116,6 +117,7 @@ def test_too_many_in_a_row_end_the_command_with_a_checkpoint_from_which_it_goes_
     assert code == 1
     assert "error: step 2: 2 steps in a row without a finite gradient (update.max_non_finite_steps = 2)" in stderr
     assert "model.norm (the gradient of its output)" in stderr
+    assert "Check: grpo verify RECIPE (numbers)" in stderr
     assert f"Saved after step 2; go on with: grpo train {run_dir} --resume" in stderr
     assert "Traceback" not in stderr
     assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [2]
