@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,7 +14,9 @@ from grpo.runtime.memory_hardware import GIB
 from grpo.runtime.memory_search import Change, Limit
 from grpo.runtime.memory_terms import MIB
 
-_BAR_WIDTH = 40
+_BAR_WIDTH, _WITHIN, _BEYOND = 40, "█", "▒"
+_CELLS_WIDTH = 58
+"""Of the other columns of the table of phases, and what is between them."""
 
 
 def amount(num_bytes: float) -> str:
@@ -26,12 +27,37 @@ def amount(num_bytes: float) -> str:
 def show_memory_plan(plan: MemoryPlan, *, console: Console | None = None) -> None:
     """Phases with a bar each, whether they fit, how far keys can go, and what to change."""
     console = console or Console()
-    room, where = plan.hardware.device_bytes, "host" if plan.hardware.is_cpu else "device"
+    room, needed = plan.hardware.device_bytes, plan.peak_bytes + plan.reserve_bytes
     console.print(
         f"[bold]{plan.shape.model_type}[/bold] of {plan.shape.parameters:,} parameters in {plan.dtype} on "
-        f"{plan.hardware.name} ({amount(room)}); prompts of at most {plan.prompt_tokens} tokens assumed, micro-batches "
-        f"of at most {plan.micro_batch_tokens} (completions a step: {plan.packing})"
+        f"{plan.hardware.name} ({amount(room)})"
     )
+    console.print(
+        f"prompts of at most {plan.prompt_tokens} tokens (--prompt-tokens), completions of full length; micro-batches "
+        f"of at most {plan.micro_batch_tokens} tokens: {_packing_text(plan.packing)}"
+    )
+    console.print(_phase_table(plan, width=max(min(console.width - _CELLS_WIDTH, _BAR_WIDTH), 10)))
+    console.print(_largest_text(plan))
+    if not plan.hardware.is_cpu:
+        console.print(
+            f"host memory: at most {amount(plan.host_peak_bytes)}, in the phases above and the process itself"
+        )
+    verdict = Text("it fits", style="green") if plan.fits else Text("it does not fit", style="bold red")
+    console.print(verdict + Text(f": {amount(needed)} of {amount(room)}"))
+    console.print("how far each key can go, the others as they are:")
+    for limit in plan.limits:
+        console.print(f"  {_limit_text(limit)}", highlight=False)
+    if plan.changes:
+        console.print("what to change, the best first:")
+        for change in plan.changes:
+            console.print(f"  {_change_text(change)}", highlight=False)
+    elif not plan.fits:
+        console.print("no change that is tried here lowers it: a smaller model, or a larger card")
+
+
+def _phase_table(plan: MemoryPlan, *, width: int) -> Table:
+    """Args: width: of the longest bar."""
+    room, where = plan.hardware.device_bytes, "host" if plan.hardware.is_cpu else "device"
     table = Table(box=None, pad_edge=False)
     table.add_column("phase")
     table.add_column(f"held on {where}", justify="right")
@@ -39,32 +65,37 @@ def show_memory_plan(plan: MemoryPlan, *, console: Console | None = None) -> Non
     table.add_column("peak", justify="right")
     if not plan.hardware.is_cpu:
         table.add_column("host", justify="right")
-    table.add_column("share of the memory")
+    scale = max(room, plan.peak_bytes + plan.reserve_bytes)
+    table.add_column(f"{_WITHIN} within, {_BEYOND} beyond", no_wrap=True)
     for phase in plan.phases:
-        peak = phase.peak_bytes + plan.reserve_bytes
-        color = "green" if peak <= room else "red"
         cells = [phase.name, amount(sum(phase.held.values())), amount(phase.transient_bytes), amount(phase.peak_bytes)]
         if not plan.hardware.is_cpu:
             cells.append(amount(phase.host_bytes) if phase.host_bytes else "-")
-        table.add_row(*cells, Bar(room, 0, min(peak, room), width=_BAR_WIDTH, color=color))
-    console.print(table)
-    held = max(plan.phases, key=lambda phase: phase.peak_bytes)
-    parts = ", ".join(f"{name} {amount(size)}" for name, size in held.held.items() if size)
-    console.print(
-        f"largest: {held.name}, of which {parts}; {amount(plan.reserve_bytes)} set aside for " + _reserve(plan)
+        table.add_row(*cells, _bar(phase.peak_bytes + plan.reserve_bytes, room=room, scale=scale, width=width))
+    return table
+
+
+def _bar(size: int, *, room: int, scale: int, width: int) -> Text:
+    """What is within the room and what is beyond it."""
+    cells = round(width * size / scale)
+    within = min(cells, int(width * room / scale)) if size > room else cells
+    bar = Text(_WITHIN * within, style="green" if size <= room else "red")
+    return bar + Text(_BEYOND * max(cells - within, 1), style="bold red") if size > room else bar
+
+
+def _packing_text(packing: str) -> str:
+    rows, _, count = packing.partition(" x ")
+    return f"{rows} completion{'' if rows == '1' else 's'} each, {count} of them a step"
+
+
+def _largest_text(plan: MemoryPlan) -> str:
+    largest = max(plan.phases, key=lambda phase: phase.peak_bytes)
+    parts = ", ".join(f"{name} {amount(size)}" for name, size in largest.held.items() if size)
+    on_top = ", ".join(f"{name} {amount(size)}" for name, size in largest.on_top.items() if size)
+    return (
+        f"largest: {largest.name}. Held: {parts}. On top: {on_top or amount(largest.transient_bytes)}. "
+        f"Set aside: {amount(plan.reserve_bytes)} for {_reserve(plan)}"
     )
-    if not plan.hardware.is_cpu:
-        console.print(
-            f"host memory: at most {amount(plan.host_peak_bytes)}, in the phases above and the process itself"
-        )
-    verdict = Text("it fits", style="green") if plan.fits else Text("it does not fit", style="bold red")
-    console.print(verdict + Text(f": {amount(plan.peak_bytes + plan.reserve_bytes)} of {amount(room)}"))
-    for limit in plan.limits:
-        console.print(f"  {_limit_text(limit)}")
-    if plan.changes:
-        console.print("what to change, the best first:")
-        for change in plan.changes:
-            console.print(f"  {_change_text(change)}", highlight=False)
 
 
 def _reserve(plan: MemoryPlan) -> str:
@@ -72,16 +103,22 @@ def _reserve(plan: MemoryPlan) -> str:
 
 
 def _limit_text(limit: Limit) -> str:
+    key = f"{limit.key} = {limit.now}"
     if limit.largest is None:
-        return f"{limit.key} = {limit.now}: no value of it fits"
+        return f"{key}: nothing fits, whatever it is"
     if limit.is_bounded:
-        return f"{limit.key} = {limit.now}: memory does not bound it (tried up to {limit.largest})"
-    return f"{limit.key} = {limit.now}: up to {limit.largest} fits"
+        is_budget = limit.key == "update.micro_batch_tokens"
+        found = "a whole step at once fits" if is_budget else f"{limit.largest} and perhaps more fit"
+    else:
+        found = f"up to {limit.largest} fits"
+    if limit.micro_batch_tokens is not None:
+        found += f", with update.micro_batch_tokens={limit.micro_batch_tokens}"
+    return f"{key}: {found}"
 
 
 def _change_text(change: Change) -> str:
-    fits = "fits" if change.fits else "does not suffice alone"
-    packing = f"; {change.packing} completions" if change.packing else ""
+    fits = "fits" if change.fits else "does not suffice"
+    packing = f"; {_packing_text(change.packing)}" if change.packing else ""
     return f"{' '.join(change.overrides)}: peak {amount(change.peak_bytes)}, {fits} ({change.why}{packing})"
 
 

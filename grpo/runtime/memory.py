@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from grpo.config import RunConfig, VllmEngineConfig
 from grpo.runtime.memory_changes import candidate_changes
@@ -34,6 +34,8 @@ class Phase:
     """The most that comes on top."""
     host_bytes: int
     """Of the process's own memory, where the device is another; else what `peak_bytes` says."""
+    on_top: dict[str, int] = field(default_factory=dict)
+    """What `transient_bytes` is made of, by name, where that is known."""
 
     @property
     def peak_bytes(self) -> int:
@@ -156,7 +158,10 @@ def _phases(terms: Terms, hardware: Hardware) -> tuple[Phase, ...]:
     files = 0 if hardware.is_cpu else terms.load_host()
     saved = 0 if hardware.is_cpu else 3 * FULL * terms.learning
     moments_away = terms.moments() if is_away else 0
-    update = max(passes.update_pass(), moments_away)  # moments come back for the optimizer's step, after the pass
+    on_top = passes.update_pass()
+    if moments_away > sum(on_top.values()):  # they come back for the optimizer's step, after the pass
+        on_top = {"moments, back from the host": moments_away}
+    update = sum(on_top.values())
     waiting = passes.saved() - passes.saved_on_device()
 
     def phase(name: str, held: dict[str, int], transient: int, host: int = 0) -> Phase:
@@ -172,7 +177,7 @@ def _phases(terms: Terms, hardware: Hardware) -> tuple[Phase, ...]:
         loading,
         phase("sampling", {**running, **engine}, sampling),
         phase("reference", {**running, **asleep}, passes.reference_pass()),
-        phase("update", {**running, **asleep}, update, waiting),
+        replace(phase("update", {**running, **asleep}, update, waiting), on_top=on_top),
         phase("sync", {**running, **engine}, terms.merging()),
         phase("checkpoint", {**running, **asleep}, 0, saved),
     )

@@ -173,10 +173,14 @@ def _rank(change: Change) -> tuple[bool, bool, bool, int, int]:
 
 
 def _some_of_each(ranked: Sequence[Change]) -> list[Change]:
-    """Of those that change the same keys, such as ever smaller micro-batches, the first few."""
+    """Of those that change the same keys, such as ever smaller micro-batches, the first few; of several together that
+    come to one peak, the first."""
     shown: dict[tuple[str, ...], int] = {}
     kept: list[Change] = []
     for change in ranked:
+        is_like = any(abs(other.peak_bytes / change.peak_bytes - 1) <= NEXT_TO_NOTHING for other in kept)
+        if len(change.overrides) > 1 and is_like:
+            continue
         keys = tuple(text.partition("=")[0] for text in change.overrides)
         shown[keys] = shown.get(keys, 0) + 1
         if shown[keys] <= SHOWN_OF_A_KIND:

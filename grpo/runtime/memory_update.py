@@ -200,12 +200,16 @@ class UpdateTerms:
             return self.scores() * (parts * width + self._share_width)
         return 2 * rows.rows * (rows.prompt_tokens + rows.completion_tokens) * self.terms.shape.kv_size * width
 
-    def update_pass(self) -> int:
-        """One micro-batch from its forward pass to its gradient: the largest of the moments that can be the peak."""
-        apart = 0
+    def update_pass(self) -> dict[str, int]:
+        """One micro-batch from its forward pass to its gradient, at the largest of the moments that can be the peak; by
+        what it is taken up with."""
+        moments = self.moments()
+        moment = max(moments, key=lambda name: moments[name])
+        kept = min(self.saved_on_device(), moments[moment])
+        found = {"kept for the gradient": kept, moment: moments[moment] - kept}
         if self.terms.config.update.gradients.method != "sum" or self.terms.config.update.gradients.cosine_every:
-            apart = len(self.terms.config.objectives) * FULL * self.terms.learning
-        return max(self.moments().values()) + apart
+            found["a gradient for each objective"] = len(self.terms.config.objectives) * FULL * self.terms.learning
+        return found
 
     def moments(self) -> dict[str, int]:
         """What is there beyond what stays, at each moment that can be the peak."""
@@ -221,10 +225,14 @@ class UpdateTerms:
         own_gradient = FULL * self.terms.learning
         of_forward = self.weight_copies() * self.recomputed_layers // shape.layers
         found = {
-            "the forward pass ends": saved + of_forward + states // 2,
-            "the head": saved + states + head_slopes + head_gradient + self.logits(has_filters=has_filters),
-            "the backward pass begins": saved + head_gradient + backward - freed,
-            "the backward pass ends": own_gradient + 3 * head_gradient,
+            "the forward pass's end": saved + of_forward + states // 2,
+            "the head and its logits": saved
+            + states
+            + head_slopes
+            + head_gradient
+            + self.logits(has_filters=has_filters),
+            "the backward pass": saved + head_gradient + backward - freed,
+            "the gradients": own_gradient + 3 * head_gradient,
         }
         if self.recomputed_layers == shape.layers:  # inputs are gone, gradients have come
             gone = self.tokens * shape.hidden * (FULL if self.terms.is_full else width) * (shape.layers - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,8 @@ def test_what_does_not_fit_is_told_with_what_to_change(recipe: Path, capsys: pyt
     )
     shown = capsys.readouterr().out
     assert "it does not fit" in shown
+    assert "kept for the gradient" in shown  # what is on top of what is held
+    assert re.search(r"update .*█+▒+ *\n", shown)  # as far as the card goes, and beyond
     assert "update.micro_batch_tokens=" in shown
     assert "the same effective batch" in shown
 

@@ -291,6 +291,33 @@ def test_limits_fit_and_one_more_does_not() -> None:
     assert not plan(changed(config, update__micro_batch_tokens=limit.largest + 1), card, shape=shape).fits
 
 
+def test_a_length_that_needs_smaller_micro_batches_is_told_with_their_budget() -> None:
+    """The recipe's own micro-batches do not fit, whatever K, length and prompts are: they are cut smaller first."""
+    config, card, shape = recipe(dtype="bfloat16"), hardware_named("a100-40g"), shape_of(LLAMA_7B, source="7B")
+    found = plan(config, card, shape=shape)
+    assert not found.fits
+    limit = next(limit for limit in found.limits if limit.key == "rollout.max_new_tokens")
+    assert limit.largest is not None
+    assert limit.micro_batch_tokens is not None
+    longest = changed(
+        config, rollout__max_new_tokens=limit.largest, update__micro_batch_tokens=limit.micro_batch_tokens
+    )
+    assert plan(longest, card, shape=shape).fits
+    assert not plan(changed(longest, rollout__max_new_tokens=limit.largest + 1), card, shape=shape).fits
+
+
+def test_changes_are_put_together_where_none_alone_does() -> None:
+    """All weights of a 7B model on an H200: moments in 8 bits alone are not enough, nor is computing blocks again."""
+    config = recipe(trainable={"type": "full"}, dtype="bfloat16")
+    shape, card = shape_of(LLAMA_7B, source="7B"), hardware_named("h200")
+    found = plan(config, card, shape=shape)
+    assert not found.fits
+    several = [change for change in found.changes if change.fits and len(change.overrides) > 1]
+    assert several
+    for change in several:  # none of them for nothing
+        assert not any(other.fits and set(other.overrides) < set(change.overrides) for other in found.changes)
+
+
 def test_where_it_does_not_fit_the_first_change_fits_and_keeps_the_gradient() -> None:
     config, card = recipe(dtype="bfloat16"), hardware_named("a100-40g")
     found = plan(config, card, shape=shape_of(LLAMA_7B, source="7B"))
