@@ -101,7 +101,9 @@ class Trainer:
         """Whether the weights hold an update that metrics.jsonl has no line of."""
         self._stuck: set[str] = set()
         self._gate = StepGate(config, self._ranks)
-        self._alarms = Alarms(list(config.objectives), eval_every=config.eval.every)
+        self._alarms = Alarms(
+            list(config.objectives), eval_every=config.eval.every, fixed_betas=config.objectives_with_fixed_beta
+        )
         self._interrupted = threading.Event()
 
     @property
@@ -243,7 +245,7 @@ class Trainer:
 
     def _run(self, checkpoint: Checkpoint | None) -> RunResult:
         config, directory = self.config, self._directory
-        done = checkpoint.step if checkpoint else 0
+        done, self._is_ahead = checkpoint.step if checkpoint else 0, False
         if self._observer:
             self._observer.start(title_rows(config, self.parts))
         with interruptions() as interrupted, self._tracked(done) as trackers:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 import psutil
+from packaging.requirements import Requirement
 
 PACKAGES = {
     "torch": "torch",
@@ -41,6 +42,7 @@ OWN_PACKAGES = ("grpo", "rewards", "judges")
 BFLOAT16_CAPABILITY = (8, 0)
 TOOL_TIMEOUT_S = 20.0
 IMPORT_TIMEOUT_S = 120.0
+CONNECT_TIMEOUT_S = 5.0
 CGROUP = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 """Which groups this process is in."""
@@ -69,6 +71,8 @@ class Package:
     """Where its import name would be loaded from; None where it cannot be found."""
     home: Path | None
     """Where its distribution says that it lies; None where the two cannot be compared (an editable install)."""
+    torch: str = ""
+    """Versions of torch that it says it needs, such as "==2.9.0"; "" where any will do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +132,10 @@ class Machine(Protocol):
         """Whether a server of ours could listen there, on loopback."""
         ...
 
+    def is_listening(self, host: str, port: int) -> bool:
+        """Whether somebody takes a connection there."""
+        ...
+
 
 class ThisMachine:
     """The machine that this runs on."""
@@ -179,6 +187,14 @@ class ThisMachine:
             return ""
         last = next(reversed(done.stderr.strip().splitlines()), "")
         return last or f"ended with code {done.returncode}"
+
+    def is_listening(self, host: str, port: int) -> bool:
+        """See `Machine.is_listening`. A host that cannot be found has nobody."""
+        try:
+            with socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S):
+                return True
+        except OSError:
+            return False
 
     def is_port_free(self, port: int) -> bool:
         """See `Machine.is_port_free`."""
@@ -241,7 +257,17 @@ def _package(name: str) -> Package | None:
     module = PACKAGES[name]
     lies_there = any(file.parts[:1] == (module,) for file in found.files or ())
     home = Path(str(found.locate_file(module))).resolve() if lies_there else None
-    return Package(version=found.version, folder=_import_folder(module), home=home)
+    return Package(version=found.version, folder=_import_folder(module), home=home, torch=_torch_for(found))
+
+
+def _torch_for(found: importlib.metadata.Distribution) -> str:
+    needed = [Requirement(text) for text in found.requires or ()]
+    return next((str(one.specifier) for one in needed if one.name == "torch" and _applies(one)), "")
+
+
+def _applies(requirement: Requirement) -> bool:
+    """Here, and without any extra."""
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 
 def _import_folder(module: str) -> Path | None:

@@ -2,77 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
-import yaml
+from presented_machine import A100, GIB, HEALTHY, SITE, PresentedMachine, presented
 
 from grpo.diagnostics.doctor.examination import examine
 from grpo.diagnostics.findings import Finding, findings_as_json
-from grpo.recipe_loader import load_recipe
-from grpo.runtime.machine import Gpu, MachineFacts, Package, ThisMachine, cgroup_memory
+from grpo.runtime.machine import Package, ThisMachine, cgroup_memory
 from judges.demo_server import serve
-
-GIB = 1 << 30
-SITE = Path("/env/site-packages")
-A100 = Gpu(name="NVIDIA A100-PCIE-40GB", capability=(8, 0), total_bytes=40 * GIB, free_bytes=40 * GIB)
-HEALTHY = MachineFacts(
-    python="3.11.7",
-    platform="Linux",
-    cores=16,
-    host_bytes=128 * GIB,
-    available_bytes=120 * GIB,
-    shared_memory_bytes=64 * GIB,
-    packages={
-        "torch": Package(version="2.13.0+cu124", folder=SITE / "torch", home=SITE / "torch"),
-        "transformers": Package(version="5.18.0", folder=SITE / "transformers", home=SITE / "transformers"),
-    },
-    own_folders={name: SITE / name for name in ("grpo", "rewards", "judges")},
-    torch_cuda="12.4",
-    torch_archs=("sm_80", "sm_90"),
-    driver_version="550.54",
-    driver_cuda="12.4",
-    gpus=(A100,),
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PresentedMachine:
-    """Any machine one likes."""
-
-    given: MachineFacts = HEALTHY
-    free_disk: int = 100 * GIB
-    variables: dict[str, str] = field(default_factory=dict)
-    broken_imports: dict[str, str] = field(default_factory=dict)
-    taken_ports: tuple[int, ...] = ()
-
-    def facts(self) -> MachineFacts:
-        return self.given
-
-    def free_disk_bytes(self, path: Path) -> int:
-        return self.free_disk
-
-    def environment(self, name: str) -> str | None:
-        return self.variables.get(name)
-
-    def import_problem(self, module: str) -> str:
-        return self.broken_imports.get(module, "")
-
-    def is_port_free(self, port: int) -> bool:
-        return port not in self.taken_ports
 
 
 def faults(machine: PresentedMachine, **options: Any) -> list[Finding]:
     findings = examine(machine, None, working_dir=Path.cwd(), **options)
     return [finding for finding in findings if finding.status != "ok"]
-
-
-def presented(**changes: Any) -> PresentedMachine:
-    return PresentedMachine(given=replace(HEALTHY, **changes))
 
 
 def test_a_healthy_machine_has_no_fault() -> None:
@@ -82,6 +28,7 @@ def test_a_healthy_machine_has_no_fault() -> None:
 @pytest.mark.parametrize(
     ("machine", "check", "status", "said"),
     [
+        (presented(python="3.10.14"), "python", "failed", "grpo-toolkit needs >=3.11"),
         (presented(torch_cuda=None, torch_archs=()), "torch", "failed", "leave the NVIDIA A100-PCIE-40GB idle"),
         (presented(driver_cuda="11.4"), "torch", "failed", "the driver is too old"),
         (presented(driver_version=None, driver_cuda=None, gpus=()), "torch", "warning", "trains on the CPU"),
@@ -139,6 +86,27 @@ def test_a_version_outside_of_the_tested_range_and_an_extra_that_does_not_load_a
     (finding,) = faults(machine)
     assert finding.status == "failed"
     assert "cannot be imported: ImportError: undefined symbol" in finding.what
+
+
+def test_an_extra_that_was_made_for_another_torch_is_told_though_it_can_be_imported() -> None:
+    def with_vllm(torch: str) -> PresentedMachine:
+        vllm = Package(version="0.18.0", folder=SITE / "vllm", home=SITE / "vllm", torch=torch)
+        return presented(packages={**HEALTHY.packages, "vllm": vllm})
+
+    (finding,) = faults(with_vllm("==2.9.0"))
+    assert (finding.check, finding.status) == ("extras", "warning")
+    assert "vllm 0.18.0 is importable, but says that it needs torch==2.9.0; 2.13.0+cu124 is installed" in finding.what
+    assert faults(with_vllm("==2.13.0")) == faults(with_vllm(">=2.4")) == faults(with_vllm("")) == []
+
+
+def test_the_port_where_ranks_meet_is_the_one_that_the_environment_names() -> None:
+    def told(port: str, *taken: int) -> list[str]:
+        machine = PresentedMachine(variables={"MASTER_PORT": port}, taken_ports=taken)
+        return [f"{one.status}: {one.what}" for one in faults(machine, ranks=2)]
+
+    assert told("29511", 29_500) == []
+    assert told("29511", 29_511) == ["warning: 29511, where ranks meet (MASTER_PORT), is taken"]
+    assert told("here") == ["failed: MASTER_PORT is 'here', which is no port"]
 
 
 def test_what_only_several_ranks_need_is_asked_for_several_ranks_only() -> None:
@@ -207,182 +175,10 @@ def test_this_machine_can_run_its_own_tests() -> None:
     assert findings_as_json(findings)["findings"][0]["check"] == "python"
 
 
-def write(folder: Path, model: Path, **changes: Any) -> Path:
-    """A recipe whose prompts lie in data/train.jsonl beside it."""
-    recipe = {
-        "model": str(model),
-        "steps": 1,
-        "output_dir": "run",
-        "prompts": {"type": "file", "path": "data/train.jsonl", "per_step": 1},
-        "objectives": {"short": {"rewards": [{"name": "exact_match"}], "beta": {"type": "fixed", "value": 0.1}}},
-        "optim": {"learning_rate": 1e-4},
-        "eval": {"before": False, "after": False},
-    } | changes
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
-
-
-def look(path: Path, working_dir: Path, machine: PresentedMachine | None = None) -> list[Finding]:
-    """The faults of a recipe on a healthy machine."""
-    findings = examine(machine or PresentedMachine(), load_recipe(str(path), []), working_dir=working_dir)
-    return [finding for finding in findings if finding.status != "ok"]
-
-
-def test_a_relative_path_that_leads_elsewhere_is_told_with_both_places(tmp_path: Path, tiny_model_dir: Path) -> None:
-    home, started = tmp_path / "recipes", tmp_path / "started_here"
-    (started / "data").mkdir(parents=True)
-    home.mkdir()
-    (started / "data" / "train.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n')
-    path = write(home, tiny_model_dir)
-    missing, prompts = look(path, started)
-    assert (missing.check, missing.status) == ("paths", "failed")
-    assert f"prompts.path is {home}/data/train.jsonl, which does not exist" in missing.what
-    assert f"{started}/data/train.jsonl exists, but paths of a recipe begin at its own folder" in missing.what
-    assert prompts.check == "prompts"
-    (home / "data").mkdir()
-    (home / "data" / "train.jsonl").write_text('{"prompt": "Who?", "reference": "Omar"}\n')
-    (both,) = look(path, started)
-    assert (both.check, both.status) == ("paths", "warning")
-    assert look(path, home) == []
-
-
-def test_a_column_that_is_not_there_a_model_that_is_not_there_and_a_secret_that_is_not_set(
-    tmp_path: Path, tiny_model_dir: Path
-) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text('{"question": "Who?"}\n')
-    (finding,) = look(write(tmp_path, tiny_model_dir), tmp_path)
-    assert finding.check == "prompts"
-    assert "prompt" in finding.what
-    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n')
-    findings = look(write(tmp_path, tmp_path / "nowhere"), tmp_path)
-    assert [(one.check, one.status) for one in findings] == [("memory plan", "warning"), ("model", "failed")]
-    endpoint = {"url": "https://judge.example/v1", "model": "m", "api_key": "env:ABSENT_KEY"}
-    judged = {"name": "judged", "params": {"endpoint": endpoint, "rubric": "fairness"}}
-    path = write(
-        tmp_path,
-        tiny_model_dir,
-        objectives={"short": {"rewards": [judged], "beta": {"type": "fixed", "value": 0.1}}},
-    )
-    config = load_recipe(str(path), [])
-    findings = examine(PresentedMachine(), config, asks_judges=False, working_dir=tmp_path)
-    assert [one.what for one in findings if one.status != "ok"] == ["the recipe names env:ABSENT_KEY, which is not set"]
-    present = PresentedMachine(variables={"ABSENT_KEY": "s3cret-value"})
-    findings = examine(present, config, asks_judges=False, working_dir=tmp_path)
-    assert [one for one in findings if one.status != "ok"] == []
-    assert "s3cret-value" not in str(findings_as_json(findings))
-
-
-def test_a_judge_is_asked_about_texts_without_an_answer(tmp_path: Path, tiny_model_dir: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n')
-
-    def path_for(url: str) -> Path:
-        params = {"endpoint": {"url": url, "model": "demo-judge"}, "rubric": "fairness", "attempts": 1}
-        objective = {"rewards": [{"name": "judged", "params": params}], "beta": {"type": "fixed", "value": 0.1}}
-        return write(tmp_path, tiny_model_dir, objectives={"short": objective})
-
-    with serve() as honest:
-        assert look(path_for(honest.url), tmp_path) == []
-    with serve(error_rate=1.0) as dishonest:  # every verdict turned round
-        (finding,) = look(path_for(dishonest.url), tmp_path)
-    assert (finding.check, finding.status) == ("judges", "failed")
-    assert "Thought process:" in finding.what
-    (finding,) = look(path_for("http://127.0.0.1:9/v1"), tmp_path)  # nobody listens
-    assert "no judge answers" in finding.what
-
-
-def test_a_recipe_that_does_not_fit_this_card_or_this_container_is_refused_with_the_change_that_helps(
-    tmp_path: Path, tiny_model_dir: Path
-) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n')
-    wide = {"group_size": 64, "max_new_tokens": 128}
-    path = write(tmp_path, tiny_model_dir, rollout=wide, update={"micro_batch_tokens": 1_000_000})
-    assert look(path, tmp_path) == []
-    plan_of = {one.check: one for one in examine(PresentedMachine(), load_recipe(str(path), []), working_dir=tmp_path)}
-    needed = plan_of["memory plan"].figures["needed_bytes"]
-    small = replace(A100, total_bytes=needed - (8 << 20), free_bytes=needed - (8 << 20))
-    (finding,) = look(path, tmp_path, presented(gpus=(small,)))
-    assert (finding.check, finding.status) == ("memory plan", "failed")
-    assert "update.micro_batch_tokens=" in finding.remedy
-    container = presented(limit_bytes=600 << 20, limit_used_bytes=0, host_bytes=1 << 30)
-    (finding,) = look(path, tmp_path, container)
-    assert "ended with signal 9" in finding.meaning
-
-
-def test_the_disk_must_hold_the_checkpoints_that_are_kept_and_one_more(tmp_path: Path, tiny_model_dir: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n')
-    path = write(tmp_path, tiny_model_dir, trainable={"type": "lora", "rank": 16}, checkpoint={"keep": 4})
-    # inputs and outputs of a layer's linear maps: 64 + 48 + 48 + 64 for attention, 3 x 96 for the rest; two layers
-    adapter = 2 * 16 * (64 + 48 + 48 + 64 + 3 * 96)
-    one = 3 * 4 * adapter + 256 * 320 + 2**18  # weights and both moments, tokenizer, the small files
-    assert look(path, tmp_path, PresentedMachine(free_disk=5 * one)) == []
-    (finding,) = look(path, tmp_path, PresentedMachine(free_disk=5 * one - 1))
-    assert (finding.check, finding.status) == ("disk", "failed")
-    assert "5 more checkpoints of 1 MiB" in finding.what
-    assert "checkpoint.keep" in finding.remedy
-    (tmp_path / "run" / "checkpoints" / "step-1").mkdir(parents=True)  # one of them is there
-    assert look(path, tmp_path, PresentedMachine(free_disk=4 * one)) == []
-
-
-def test_the_judges_cost_is_told_for_a_step_and_for_the_run(tmp_path: Path, tiny_model_dir: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n')
-
-    def row(*, changes: dict[str, Any] | None = None, **endpoint: Any) -> Finding:
-        params = {"endpoint": {"url": "https://judge.example/v1", "model": "m", **endpoint}, "rubric": "fairness"}
-        objective = {"rewards": [{"name": "judged", "params": params}], "beta": {"type": "fixed", "value": 0.1}}
-        settings: dict[str, Any] = {"objectives": {"short": objective}, "steps": 50, "rollout": {"group_size": 4}}
-        path = write(tmp_path, tiny_model_dir, **settings, **(changes or {}))
-        found = examine(PresentedMachine(), load_recipe(str(path), []), asks_judges=False, working_dir=tmp_path)
-        return next(one for one in found if one.check == "judge cost")
-
-    # four completions a step, each answered by the 100 tokens that are assumed, at 10 for a million: 0.001 a call
-    assert row(price={"input": 0, "output": 10}).what.startswith(
-        "4 calls a step, 200 over the run; about 0.004 a step, 0.2 in all; "
-    )
-    assert row().what.startswith("4 calls a step, 200 over the run; no prices are given; ")
-    (tmp_path / "data" / "held_out.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n' * 8)
-    prompts = {"type": "file", "path": "data/train.jsonl", "held_out_path": "data/held_out.jsonl", "per_step": 1}
-    evaluated = {"prompts": prompts, "eval": {"before": True, "after": True, "every": 20, "num_prompts": 5}}
-    # before, after steps 20 and 40, and after the last: four of five calls each
-    assert row(changes=evaluated, price={"input": 0, "output": 10}).what.startswith(
-        "4 calls a step, 5 in each of 4 evaluations, 220 over the run; about 0.004 a step, 0.005 an evaluation, 0.22 in"
-    )
-
-
-def test_flash_attention_that_a_recipe_asks_for_has_to_be_there(tmp_path: Path, tiny_model_dir: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n')
-    path = write(tmp_path, tiny_model_dir, attention="flash_attention_2")
-    (finding,) = look(path, tmp_path)
-    assert (finding.check, finding.status) == ("attention", "failed")
-    assert "flash-attn is not installed" in finding.what
-    assert "scripts/install_flash_attn.sh" in finding.remedy
-    flash = Package(version="2.8.0", folder=SITE / "flash_attn", home=SITE / "flash_attn")
-    packages = {**HEALTHY.packages, "flash-attn": flash}
-    assert look(path, tmp_path, presented(packages=packages)) == []
-    older = presented(packages=packages, gpus=(replace(A100, capability=(7, 5)),), torch_archs=("sm_75",))
-    assert [one.what for one in look(path, tmp_path, older) if one.check == "attention"] == [
-        "attention is flash_attention_2, but it needs compute capability 8.0, which NVIDIA A100-PCIE-40GB has not"
-    ]
-    write(tmp_path, tiny_model_dir, attention="auto")
-    assert look(path, tmp_path) == []
-
-
-def test_every_terminator_is_listed_wherever_it_is_named(tmp_path: Path, tiny_model_dir: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n')
-    model = tmp_path / "model"
-    shutil.copytree(tiny_model_dir, model)
-    # the tokenizer's end of sequence is 2, <|im_end|>, which the chat template writes after each turn, too
-    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
-    path = write(tmp_path, model, rollout={"end_tokens": ["<|im_start|>", 7]})
-    found = examine(PresentedMachine(), load_recipe(str(path), []), working_dir=tmp_path)
-    row = next(one for one in found if one.check == "end tokens")
-    assert row.status == "ok"
-    assert row.figures["ids"] == [0, 1, 2, 7]
-    assert row.what.startswith("a completion ends at any of 0 <|pad|>, 1 <|im_start|>, 2 <|im_end|>, 7 ")
+def test_this_machine_says_who_listens() -> None:
+    machine = ThisMachine()
+    with serve() as server:
+        port = urlsplit(server.url).port or 0
+        assert machine.is_listening("127.0.0.1", port)
+        assert not machine.is_port_free(port)
+    assert not machine.is_listening("127.0.0.1", port)

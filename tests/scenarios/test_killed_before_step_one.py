@@ -79,6 +79,9 @@ class Workstation:
     def import_problem(self, module: str) -> str:
         return ""
 
+    def is_listening(self, host: str, port: int) -> bool:
+        return False
+
     def is_port_free(self, port: int) -> bool:
         return True
 

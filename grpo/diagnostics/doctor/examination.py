@@ -6,6 +6,7 @@ from pathlib import Path
 
 from grpo.config import RunConfig
 from grpo.diagnostics.doctor.installation import check_installation
+from grpo.diagnostics.doctor.ports import check_ports
 from grpo.diagnostics.doctor.recipe import check_recipe
 from grpo.diagnostics.doctor.resources import check_resources
 from grpo.diagnostics.findings import Finding
@@ -26,6 +27,7 @@ def examine(
     """
     facts = machine.facts()
     findings = [*check_installation(machine, facts), *check_resources(machine, facts, config, ranks=ranks)]
+    findings += check_ports(machine, config, ranks=ranks)
     if config is not None:
         findings += check_recipe(machine, facts, config, asks_judges=asks_judges, working_dir=working_dir)
     return findings

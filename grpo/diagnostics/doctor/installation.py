@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from grpo.diagnostics.findings import Finding
@@ -19,13 +20,27 @@ EXTRAS = {"vllm": "vllm", "flash-attn": "flash_attn", "bitsandbytes": "bitsandby
 
 def check_installation(machine: Machine, facts: MachineFacts) -> Iterator[Finding]:
     """Every finding about what is installed."""
-    yield Finding(check="python", status="ok", what=f"{facts.python} on {facts.platform}")
+    yield _python(facts)
     yield from _torch_and_driver(facts)
     yield from _toolkit(facts)
     yield from _cards(facts)
     yield _versions(facts)
     yield from _extras(machine, facts)
     yield from _origins(facts)
+
+
+def _python(facts: MachineFacts) -> Finding:
+    needed = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"]
+    what = f"{facts.python} on {facts.platform}"
+    if SpecifierSet(needed).contains(facts.python, prereleases=True):
+        return Finding(check="python", status="ok", what=what)
+    return Finding(
+        check="python",
+        status="failed",
+        what=f"{what}; {DISTRIBUTION} needs {needed}",
+        meaning="what is imported may be another version's files, or end at a syntax that this Python does not know",
+        remedy=f"a virtual environment of Python {needed}: bash scripts/quickstart.sh makes one",
+    )
 
 
 def _torch_and_driver(facts: MachineFacts) -> Iterator[Finding]:
@@ -149,7 +164,16 @@ def _extras(machine: Machine, facts: MachineFacts) -> Iterator[Finding]:
             continue
         problem = machine.import_problem(module)
         what = f"{name} {package.version}"
-        if not problem:
+        torch = facts.packages.get("torch")
+        if not problem and torch is not None and not _fits(torch.version, package.torch):
+            yield Finding(
+                check="extras",
+                status="warning",
+                what=f"{what} is importable, but says that it needs torch{package.torch}; {torch.version} is installed",
+                meaning="it was compiled for that torch: a call may end the process, or give other numbers",
+                remedy=f"install {name} and torch together, so that pip finds versions that fit",
+            )
+        elif not problem:
             yield Finding(check="extras", status="ok", what=f"{what} is importable")
         else:
             yield Finding(
@@ -189,6 +213,14 @@ def _origins(facts: MachineFacts) -> Iterator[Finding]:
                 meaning="a file or folder of that name stands before the installed package",
                 remedy=f"rename {package.folder}, or start the command elsewhere; look at PYTHONPATH",
             )
+
+
+def _fits(version: str, specifiers: str) -> bool:
+    """Also where there is no telling: a version that is none."""
+    try:
+        return SpecifierSet(specifiers).contains(Version(version), prereleases=True)
+    except (InvalidSpecifier, InvalidVersion):
+        return True
 
 
 def _same_place(folder: Path, home: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Disk, memory, shared memory, ports: is there room for the run?"""
+"""Disk, memory, shared memory: is there room for the run?"""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ LEAST_SHARED_MEMORY = 1 << 30
 """NCCL and vLLM's workers pass tensors through it; a container's default of 64 MiB ends them with a bus error."""
 LEAST_DISK = 1 << 30
 """Where there is no recipe whose checkpoints could be counted."""
-LAUNCH_PORT = 29_500
-"""On which accelerate's and torch's launchers meet, unless told otherwise."""
 
 
 def check_resources(
@@ -37,8 +35,6 @@ def check_resources(
     needs_shared = ranks > 1 or (config is not None and config.rollout.engine.type != "transformers")
     if facts.shared_memory_bytes is not None:
         yield _shared_memory(facts.shared_memory_bytes, is_needed=needs_shared)
-    if ranks > 1:
-        yield _port(machine)
 
 
 def _memory(facts: MachineFacts) -> Finding:
@@ -172,18 +168,6 @@ def _shared_memory(free: int, *, is_needed: bool) -> Finding:
         what=what,
         meaning="processes that pass tensors through it (vLLM, several ranks) may end with a bus error",
         remedy="start the container with --shm-size=8g, or --ipc=host",
-    )
-
-
-def _port(machine: Machine) -> Finding:
-    if machine.is_port_free(LAUNCH_PORT):
-        return Finding(check="ports", status="ok", what=f"{LAUNCH_PORT}, where ranks meet, is free")
-    return Finding(
-        check="ports",
-        status="warning",
-        what=f"{LAUNCH_PORT} is taken",
-        meaning="accelerate launch waits or ends there: another launched run most likely has it",
-        remedy="accelerate launch --main_process_port 0 (a free one)",
     )
 
 
