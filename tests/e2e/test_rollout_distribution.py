@@ -6,7 +6,6 @@ model together (Bonferroni).
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from builders import encoded, make_policy
+from exact_law import exact_law, p_value
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -48,50 +48,6 @@ LEVEL = 0.01 / len(SETTINGS)
 END = 2
 
 
-def exact_law(policy: Policy, prompt: EncodedPrompt, params: SamplingParams) -> Tensor:
-    """[V] float64 probabilities of the first token, every part of the law written out for this one position."""
-    with torch.no_grad():
-        text = torch.tensor([prompt.token_ids])
-        logits = policy.causal_lm(text, use_cache=False).logits[0, -1].double()
-    for token in set(prompt.token_ids):
-        if params.repetition_penalty != 1:
-            value = float(logits[token])
-            logits[token] = value / params.repetition_penalty if value > 0 else value * params.repetition_penalty
-        count = prompt.token_ids.count(token)
-        logits[token] -= params.presence_penalty + params.frequency_penalty * count
-    for (token,) in params.banned:
-        logits[token] = -torch.inf
-    for _, arguments in params.custom:
-        logits[json.loads(arguments)["token"]] += json.loads(arguments)["by"]
-    if params.min_new_tokens > 0:
-        logits[list(params.end_token_ids)] = -torch.inf
-    descending, order = (logits / params.temperature).sort(descending=True)
-    if params.top_k > 0:
-        descending[params.top_k :] = -torch.inf
-    law = descending.softmax(dim=-1)
-    law[law.cumsum(dim=-1) - law >= params.top_p] = 0.0  # the mass before a token has reached top_p
-    law[law < params.min_p * law[0]] = 0.0
-    return torch.zeros_like(law).scatter(0, order, law / law.sum())
-
-
-def p_value(seen: Tensor, law: Tensor) -> float:
-    """Of a chi-square test; cells are pooled, rarest first, until each expects 5.
-
-    Args:
-        seen: [V] counts; law: [V] probabilities.
-    """
-    order = law.argsort()
-    expected, counts = (law * seen.sum())[order], seen[order].double()
-    chi, cells, pooled_expected, pooled_seen = 0.0, 0, 0.0, 0.0
-    for one_expected, one_seen in zip(expected.tolist(), counts.tolist(), strict=True):
-        pooled_expected, pooled_seen = pooled_expected + one_expected, pooled_seen + one_seen
-        if pooled_expected >= 5:
-            chi += (pooled_seen - pooled_expected) ** 2 / pooled_expected
-            cells, pooled_expected, pooled_seen = cells + 1, 0.0, 0.0
-    degrees = torch.tensor((cells - 1) / 2, dtype=torch.float64)
-    return float(torch.special.gammaincc(degrees, torch.tensor(chi / 2, dtype=torch.float64)))
-
-
 def first_tokens(engine: TransformersEngine, prompt: EncodedPrompt, params: SamplingParams, *, batch: int) -> Tensor:
     """[V] how often each token came first."""
     tokens: list[int] = []
@@ -105,7 +61,7 @@ def first_tokens(engine: TransformersEngine, prompt: EncodedPrompt, params: Samp
 def check(
     engine: TransformersEngine, policy: Policy, prompt: EncodedPrompt, params: SamplingParams, batch: int
 ) -> None:
-    law = exact_law(policy, prompt, params)
+    law = exact_law(policy, prompt.token_ids, params)
     seen = first_tokens(engine, prompt, params, batch=batch)
     assert int(seen[law == 0].sum()) == 0
     assert p_value(seen, law) > LEVEL
@@ -139,9 +95,9 @@ def test_the_test_notices_another_temperature_and_another_top_p(tiny: tuple[Tran
     prompt = encoded(3)[2]
     params = SamplingParams(temperature=1.0, end_token_ids=(END,), max_new_tokens=1)
     seen = first_tokens(engine, prompt, params, batch=5000)
-    assert p_value(seen, exact_law(policy, prompt, params)) > LEVEL
-    assert p_value(seen, exact_law(policy, prompt, replace(params, temperature=0.9))) < LEVEL
-    assert int(seen[exact_law(policy, prompt, replace(params, top_p=0.9)) == 0].sum()) > 0
+    assert p_value(seen, exact_law(policy, prompt.token_ids, params)) > LEVEL
+    assert p_value(seen, exact_law(policy, prompt.token_ids, replace(params, temperature=0.9))) < LEVEL
+    assert int(seen[exact_law(policy, prompt.token_ids, replace(params, top_p=0.9)) == 0].sum()) > 0
 
 
 @pytest.mark.slow
