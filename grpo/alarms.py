@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo import metrics as names
-from grpo.config import FullTrainable, OptimConfig, PartsTrainable, TrainableConfig
+from grpo.config import FixedBetaConfig, FullTrainable, ObjectiveConfig, OptimConfig, PartsTrainable, TrainableConfig
 
 Row = Mapping[str, float | int | None]
 
@@ -22,6 +22,8 @@ SHORT_LENGTH = 1.5
 """Mean tokens of a completion, the end token among them."""
 MOST_TRUNCATED = 0.9
 MOST_UNSCORED = 0.2
+HIGH_KL = 0.3
+"""Nats per token. A beta is there to keep the KL at a few hundredths."""
 MIN_SCORES = 8
 """Changed answers whose scores may be equal by chance are fewer."""
 STILL_EVALUATIONS = 3
@@ -69,9 +71,13 @@ class _Watch:
 class Alarms:
     """Counts, per condition, the rows in a row that meet it; an alarm once, and again after a row that did not."""
 
-    def __init__(self, objectives: Sequence[str], *, eval_every: int | None = None) -> None:
-        """Args: eval_every: steps between evaluations during the run; None where there are none."""
+    def __init__(
+        self, objectives: Sequence[str], *, eval_every: int | None = None, fixed_betas: Sequence[str] = ()
+    ) -> None:
+        """Args: eval_every: steps between evaluations during the run; None where there are none. fixed_betas:
+        objectives whose beta is above 0 and never moves."""
         self._watches = [*_of_the_run(objectives), *(watch for name in objectives for watch in _of_an_objective(name))]
+        self._watches += [_of_a_fixed_beta(name) for name in fixed_betas]
         if eval_every is not None:
             self._watches += _of_evaluations(objectives, eval_every)
         self._in_a_row = dict.fromkeys((watch.name for watch in self._watches), 0)
@@ -89,6 +95,11 @@ class Alarms:
                 at = f", step {row[names.STEP]}"
                 found.append(_alarm(watch.name, watch.text.format(since=since), check=watch.check, at=at))
         return found
+
+
+def with_fixed_beta(objectives: Mapping[str, ObjectiveConfig]) -> list[str]:
+    """Those whose beta is above 0 and never moves."""
+    return [name for name, one in objectives.items() if isinstance(one.beta, FixedBetaConfig) and one.beta.value > 0]
 
 
 def unmoved(evaluation: Mapping[str, object]) -> list[Alarm]:
@@ -310,6 +321,18 @@ def _scores_alone_are_still(row: Row, objective: str) -> bool | None:
     if scores is None or scores > 0:
         return None if scores is None else False
     return True if (row.get(names.eval_name(objective, "answers_changed")) or 0) >= MIN_SCORES else None
+
+
+def _of_a_fixed_beta(objective: str) -> _Watch:
+    return _Watch(
+        name=f"KL of {objective} not held",
+        patience=3,
+        is_met=lambda row: _above(row.get(names.kl_name(objective)), HIGH_KL),
+        text=f"it has been above {HIGH_KL} nats a token{{since}}, and a fixed beta does not answer: take one that "
+        "moves (type: band), and update.kl.estimator=clamped where single tokens make it (kl/<objective>/max), or a "
+        "lower learning rate",
+        check="grpo verify RECIPE (KL penalty)",
+    )
 
 
 def _unless_skipped(row: Row, is_met: Callable[[], bool | None]) -> bool | None:

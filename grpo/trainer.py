@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from grpo.alarms import Alarm, Alarms, learning_rate_alarms, unmoved
+from grpo.alarms import Alarm, Alarms, learning_rate_alarms, unmoved, with_fixed_beta
 from grpo.batch_dump import dump_batch
 from grpo.batching import build_batch
 from grpo.checkpoint import Checkpoint, RunState
@@ -101,9 +101,8 @@ class Trainer:
         """Whether the weights hold an update that metrics.jsonl has no line of."""
         self._stuck: set[str] = set()
         self._gate = StepGate(config, self._ranks)
-        self._alarms = Alarms(
-            list(config.objectives), eval_every=config.eval.every, fixed_betas=config.objectives_with_fixed_beta
-        )
+        fixed_betas = with_fixed_beta(config.objectives)
+        self._alarms = Alarms(list(config.objectives), eval_every=config.eval.every, fixed_betas=fixed_betas)
         self._interrupted = threading.Event()
 
     @property

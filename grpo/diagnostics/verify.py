@@ -12,6 +12,7 @@ from grpo.diagnostics.checks.agreement import check_agreement
 from grpo.diagnostics.checks.gradient import check_gradient_flow
 from grpo.diagnostics.checks.learning import check_learning
 from grpo.diagnostics.checks.numbers import check_numbers
+from grpo.diagnostics.checks.penalty import check_penalty
 from grpo.diagnostics.checks.scope import check_scope
 from grpo.diagnostics.checks.signal import check_signal
 from grpo.diagnostics.checks.subject import Subject, make_subject
@@ -96,6 +97,7 @@ def _trainer_checks(subject: Subject) -> list[Finding]:
         if all("trainable" not in finding.figures or finding.figures["has_grad_fn"] for finding in flow):
             found += check_accumulation(subject)
             found += check_learning(subject)
+            found += check_penalty(subject)
         return [*flow, *found, *numbers]
 
 

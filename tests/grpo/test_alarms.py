@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from grpo.alarms import Alarm, Alarms, learning_rate_alarms, still_metric, unmoved
-from grpo.config import FullTrainable, LoraTrainable, OptimConfig
-from grpo.diagnostics.checks import accumulation, agreement, gradient, learning, numbers, scope, signal
+from grpo.alarms import Alarm, Alarms, learning_rate_alarms, still_metric, unmoved, with_fixed_beta
+from grpo.config import FullTrainable, LoraTrainable, ObjectiveConfig, OptimConfig
+from grpo.diagnostics.checks import accumulation, agreement, gradient, learning, numbers, penalty, scope, signal
 
 HEALTHY: dict[str, float] = {
     "grad_norm": 0.3,
@@ -45,6 +45,7 @@ ALARMING: list[tuple[dict[str, float], tuple[int, str]]] = [
     ({"groups/zero_variance_frac": 0.5, "groups/true/zero_variance_frac": 1.0}, (10, "no signal of true")),
     ({"sampler/ratio_p99": 2.5, "sampler/ratio_max": 300.0}, (1, "sampler ratio")),
     ({"sampler/ratio_max": 300.0}, (3, "sampler tail")),
+    ({"kl/fair": 0.318}, (3, "KL of fair not held")),
     ({"completion/true/length_mean": 1.0}, (3, "one-token completions of true")),
     ({"completion/fair/truncated_frac": 0.95}, (5, "truncated completions of fair")),
     ({"reward/fair/unscored_frac": 0.3}, (3, "unscored completions of fair")),
@@ -53,14 +54,26 @@ ALARMING: list[tuple[dict[str, float], tuple[int, str]]] = [
 
 
 def test_a_healthy_run_hears_nothing() -> None:
-    assert heard(Alarms(["fair", "true"]), 100) == []
+    assert heard(Alarms(["fair", "true"], fixed_betas=["fair", "true"]), 100) == []
+
+
+def test_a_high_kl_is_told_of_a_fixed_beta_alone() -> None:
+    betas = {
+        "fixed": {"type": "fixed", "value": 0.02},
+        "off": {"type": "fixed", "value": 0.0},
+        "band": {"type": "band", "low": 0.02, "high": 0.06},
+    }
+    reward = {"name": "length", "params": {"target_tokens": 4}}
+    made = {name: ObjectiveConfig.model_validate({"rewards": [reward], "beta": beta}) for name, beta in betas.items()}
+    assert with_fixed_beta(made) == ["fixed"]
+    assert heard(Alarms(["fair", "true"], fixed_betas=["true"]), 40, {"kl/fair": 0.9}) == []
 
 
 @pytest.mark.parametrize(("changes", "expected"), ALARMING)
 def test_each_condition_is_told_once_after_so_many_steps_in_a_row(
     changes: dict[str, float], expected: tuple[int, str]
 ) -> None:
-    assert heard(Alarms(["fair", "true"]), 40, changes) == [expected]
+    assert heard(Alarms(["fair", "true"], fixed_betas=["fair", "true"]), 40, changes) == [expected]
 
 
 def test_one_objective_that_moves_is_no_flat_kl() -> None:
@@ -172,7 +185,7 @@ def every_alarm() -> Iterator[Alarm]:
 
 
 def test_every_alarm_says_which_rows_of_which_check_to_look_at() -> None:
-    verify = (accumulation, agreement, gradient, learning, numbers, scope, signal)
+    verify = (accumulation, agreement, gradient, learning, numbers, penalty, scope, signal)
     rows = {"verify": {check.CHECK for check in verify}, "doctor": {"end tokens", "judges"}}
     for alarm in every_alarm():
         _, _, checks = alarm.text.partition(". Check: ")

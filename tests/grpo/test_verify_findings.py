@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from builders import make_group
+from verify_subjects import make_config
 
 from grpo.diagnostics.checks.agreement import Gap, judge_ends, judge_gap, judge_temperatures
 from grpo.diagnostics.checks.learning import StepEffect, judge_effect
+from grpo.diagnostics.checks.penalty import judge_penalty
 from grpo.diagnostics.checks.scope import judge_scope
 from grpo.diagnostics.checks.signal import judge_spread, judge_steadiness
 from grpo.diagnostics.findings import Finding, findings_as_json, worst_status
@@ -110,6 +113,45 @@ def test_a_step_is_judged_by_what_it_does_to_the_log_probabilities(effect: StepE
     finding = judge_effect(effect, has_made_up_scores=False)
     assert finding.status == status
     assert words in finding.what
+
+
+# --- the KL penalty
+
+
+def judged_penalty(estimator: str, beta: dict[str, object]) -> Finding:
+    update = {"kl": {"estimator": estimator}}
+    objective = {"rewards": [{"name": "length", "params": {"target_tokens": 4}}], "beta": beta}
+    config = make_config(Path("model"), Path("."), objectives={"fair": objective}, update=update)
+    return judge_penalty(config, num_tokens=1000)
+
+
+def test_an_exponential_penalty_under_a_fixed_beta_is_a_warning_with_what_one_token_does() -> None:
+    # a token at 1/1000: 1000 - ln(1000) - 1 = 992.1 nats of 1000 tokens; its slope is bounded to 20
+    finding = judged_penalty("k3", {"type": "fixed", "value": 0.02})
+    assert finding.status == "warning"
+    assert "k3: one token of 1000 at 0.1% of its reference's probability adds 0.992 nats" in finding.what
+    assert finding.what.endswith("a slope of 20; beta is fixed for fair (0.02)")
+    assert "clamped" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("estimator", "beta", "words"),
+    [
+        (
+            "clamped",
+            {"type": "fixed", "value": 0.02},
+            "0.007 nats to the KL, and is pulled back with a slope of 1",
+        ),
+        ("k3+", {"type": "fixed", "value": 0.02}, "adds 0.992 nats to the KL, and is pulled back with a slope of 7"),
+        ("k3", {"type": "band", "low": 0.02, "high": 0.06}, "adds 0.992 nats"),
+        ("k3", {"type": "fixed", "value": 0.0}, "beta is 0"),
+    ],
+)
+def test_a_linear_pull_a_beta_that_moves_or_none_at_all_is_no_warning(
+    estimator: str, beta: dict[str, object], words: str
+) -> None:
+    finding = judged_penalty(estimator, beta)
+    assert (finding.status, words in finding.what) == ("ok", True)
 
 
 # --- engine and trainer
