@@ -115,6 +115,9 @@ class Keeper:
     def save(self, step: int, last: Checkpoint | None, parts: RunParts, state: RunState) -> Checkpoint:
         """The last checkpoint where it is this step's, else a new one; journals that no checkpoint needs are deleted.
 
+        Room is looked for at each save, for this checkpoint and for the next. Where there is none for this one, nothing
+        is written; where there is none for the next, this one is saved and the run ends with it: nothing is lost.
+
         Raises:
             StorageError: it cannot be written, and the older ones are as they were; or it was, but the next one will
                 find no room.
@@ -150,7 +153,7 @@ class Keeper:
         # from the oldest that is kept: it may have to stand in for a newer one that turns out damaged
         self.journal.forget_through(list_checkpoints(path)[0].step)
         if step < config.steps:
-            try:
+            try:  # now, not before: what this save has deleted makes room, and only the disk knows how much
                 check_room(path, checkpoint_bytes=bytes_of(checkpoint), count=1)
             except StorageError as exc:
                 raise StorageError(f"{checkpoint.folder} was saved, but no other will be: {exc}") from exc

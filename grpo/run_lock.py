@@ -92,7 +92,9 @@ class RunLock:
                     os.close(file)
                 raise
         except OSError as exc:
-            raise ConfigError(f"output_dir {self._folder} cannot be written: {exc}") from exc
+            raise ConfigError(
+                f"output_dir {self._folder} cannot be written: {exc}. {len(_record())} bytes were to be written."
+            ) from exc
         self._file = file
 
     def release(self) -> None:
@@ -158,8 +160,12 @@ def _try_to_lock(file: int) -> bool:
 
 def _write_owner(file: int) -> None:
     os.ftruncate(file, 0)
-    os.pwrite(file, json.dumps(asdict(this_process())).encode(), 0)
+    os.pwrite(file, _record(), 0)
     os.fsync(file)
+
+
+def _record() -> bytes:
+    return json.dumps(asdict(this_process())).encode()
 
 
 def _owner_in(file: int) -> Owner | None:

@@ -6,7 +6,9 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from kill_harness.file_operations import Operation, watched
@@ -41,6 +43,31 @@ FAULTS: dict[str, Callable[..., Any]] = {
     "a short write": write_half,
     "a short write, then ENOSPC": write_half_and_then_nothing,
 }
+
+
+@dataclass(slots=True)
+class Room:
+    """What a disk of this many bytes has left, by its own account; nothing refuses a write."""
+
+    num_bytes: int
+    folder: Path
+    """All that counts on it."""
+
+    def statvfs(self, path: object) -> SimpleNamespace:
+        """For `os.statvfs`."""
+        taken = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        return SimpleNamespace(f_bavail=max(self.num_bytes - taken, 0), f_frsize=1)
+
+
+@contextmanager
+def disk_of(num_bytes: int, folder: Path) -> Iterator[Room]:
+    """Whoever asks how much room there is, is told so, until the block ends; the size may be changed meanwhile."""
+    room, real = Room(num_bytes, folder), os.statvfs
+    try:
+        os.statvfs = room.statvfs  # pyright: ignore[reportAttributeAccessIssue]  all that anybody asks for is there
+        yield room
+    finally:
+        os.statvfs = real
 
 
 @contextmanager
