@@ -42,8 +42,11 @@ class UpdateTerms:
         rows, terms = self.terms.rows, self.terms
         if terms.config.attention == "eager" and not terms.shape.shares_prompts:
             return True
-        scores = rows.rows * terms.shape.heads * rows.completion_tokens * (rows.prompt_tokens + rows.completion_tokens)
-        return terms.is_cpu and scores <= PLAIN_ATTENTION_SCORES
+        whole = rows.prompt_tokens + rows.completion_tokens
+        pairs = rows.prompts * rows.prompt_tokens**2 + rows.rows * rows.completion_tokens * whole
+        if not terms.shape.shares_prompts:
+            pairs = rows.rows * whole**2
+        return terms.is_cpu and terms.shape.heads * pairs <= PLAIN_ATTENTION_SCORES
 
     def saved_per_token(self) -> int:
         """What a block keeps of a token for its gradients, but for attention."""

@@ -1,7 +1,7 @@
 """What a policy pass keeps for its backward pass: everything, or only the inputs of the model's blocks.
 
-That changes no number. transformers' own checkpointing switches the cache off, and with it the sharing of prompts; here
-a block is computed again with the cache that it read, which does not change when it is read (`shared_prefix`).
+That changes no number. transformers' own checkpointing switches the cache off, and with it the sharing of prompts that
+show images; here a block is computed again with all that it read, which does not change when it is read.
 """
 
 from __future__ import annotations

@@ -1,24 +1,30 @@
 """Last hidden states that predict each completion token, with every prompt computed once for its K completions.
 
-The prompts go through the model first and leave their keys and values, with gradient, in a cache; the completions then
-read them from there. The arithmetic is that of whole rows, and so is the gradient; a model whose cache is not plain
-keys and values is given whole rows instead.
+A micro-batch goes through the model as one row without padding, `[prompt 1 | prompt 2 | ... | completion 1 | ...]`,
+whose positions restart after the prompt; a completion attends to its own prompt and to itself. Everything but the
+attention takes the row as it is; the attention is registered with transformers, so that models stay untouched. It knows
+where the parts lie, so it makes no scores between strangers, as one mask over the whole row would: those grow with the
+square of a micro-batch. The arithmetic is that of rows apart, and so is the gradient.
+
+A model whose attention looks at more or less than all keys before it is given whole rows instead; prompts that show
+images leave their keys and values in a cache (`prompt_cache`).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from grpo.batching import MicroBatch
-from grpo.runtime.image_inputs import prompt_inputs
 from grpo.update.activations import attention_of
+from grpo.update.packed_attention import ATTENTION
+from grpo.update.packed_row import Kernel, PackedRow
+from grpo.update.prompt_cache import cached_prompt_states
 
 PLAIN_ATTENTION_SCORES = 32 * 2**20
 """Attention scores of one layer that may be held whole on a CPU: 128 MiB in float32, kept for the backward pass."""
@@ -28,88 +34,61 @@ def predicting_states(model: PreTrainedModel, batch: MicroBatch, *, shares: bool
     """[B, T, H] the hidden state before each completion token; arbitrary where the completion mask is 0.
 
     Args:
-        shares: compute a prompt once for its completions; None: where the model's cache allows it.
+        shares: compute a prompt once for its completions; None: where the model's attention allows it.
     """
     shares = can_share_prompts(model) if shares is None else shares
+    if shares and batch.images is None:
+        return _packed_states(model, batch)
     with _fastest_attention(model, batch):
-        return _shared(model, batch) if shares else whole_row_states(model, batch)
+        return cached_prompt_states(model, batch) if shares else whole_row_states(model, batch)
+
+
+def can_share_prompts(model: PreTrainedModel) -> bool:
+    """Whether the model keeps plain keys and values for every layer, no sliding window and no recurrent state, and lets
+    another attention be put in."""
+    return model._can_set_attn_implementation() and all(
+        type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers
+    )
+
+
+def kernel_for(model: PreTrainedModel, batch: MicroBatch) -> Kernel:
+    """How the micro-batch's packed row is attended to."""
+    (prompts, width), (rows, columns) = batch.prompt_ids.shape, batch.completion_ids.shape
+    if _may_hold(model, batch, prompts * width**2 + rows * columns * (width + columns)):
+        return "plain"
+    return "varlen" if model.config._attn_implementation == "flash_attention_2" else "fused"
+
+
+def _may_hold(model: PreTrainedModel, batch: MicroBatch, pairs: int) -> bool:
+    """Whether a layer's scores of so many pairs of query and key may be held whole: on a CPU, where the fused kernel's
+    backward pass is several times slower, if they are few."""
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)
+    return batch.completion_ids.device.type == "cpu" and heads * pairs <= PLAIN_ATTENTION_SCORES
 
 
 @contextlib.contextmanager
 def _fastest_attention(model: PreTrainedModel, batch: MicroBatch) -> Iterator[None]:
-    """On a CPU, short rows take plain attention: the fused kernel's backward pass is several times slower there."""
-    rows, columns = batch.completion_ids.shape[0], batch.completion_ids.shape[1]
-    heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)
-    scores = rows * heads * columns * (batch.prompt_ids.shape[1] + columns)
-    is_short = batch.completion_ids.device.type == "cpu" and scores <= PLAIN_ATTENTION_SCORES and batch.images is None
-    with attention_of(model, "eager" if is_short and model.config._attn_implementation == "sdpa" else None):
+    rows, columns = batch.completion_ids.shape
+    is_plain = (
+        batch.images is None
+        and model.config._attn_implementation == "sdpa"
+        and _may_hold(model, batch, rows * (batch.prompt_ids.shape[1] + columns) ** 2)
+    )
+    with attention_of(model, "eager" if is_plain else None):
         yield
 
 
-def can_share_prompts(model: PreTrainedModel) -> bool:
-    """Whether the model keeps plain keys and values for every layer: no sliding window, no recurrent state."""
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-
-
-class PromptLayer(DynamicLayer):
-    """One layer's keys and values of G prompts, kept from their own pass.
-
-    A block may be computed a second time, for its gradient; what is kept stays that of the first.
-    """
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """What the prompts attend to: themselves. Args: key_states, value_states: [G, heads, T, D]."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
-        return key_states, value_states
-
-
-class RowsLayer(DynamicLayer):
-    """The same layer for B rows that follow the prompts. Reading it changes nothing, however often a block is computed;
-    each layer's prompts are written out for their rows when it is read, not all layers' at once."""
-
-    def __init__(self, prompts: PromptLayer, prompt_of_row: Tensor) -> None:
-        """Args: prompts: after their pass; prompt_of_row: [B]."""
-        super().__init__()
-        assert prompts.keys is not None
-        self.keys, self.values, self.is_initialized = prompts.keys, prompts.values, True
-        self._prompt_of_row = prompt_of_row
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """What the rows attend to. Args: key_states, value_states: [B, heads, T, D] of their own tokens."""
-        assert self.keys is not None
-        assert self.values is not None
-        keys = torch.cat([self.keys[self._prompt_of_row], key_states], dim=-2)
-        return keys, torch.cat([self.values[self._prompt_of_row], value_states], dim=-2)
-
-
-def _shared(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
-    given = prompt_inputs(model, batch.prompt_ids, batch.prompt_mask, batch.images)
-    prompts = [PromptLayer() for _ in DynamicCache(config=model.config).layers]
-    prompt_states = model.base_model(
-        input_ids=batch.prompt_ids,
-        attention_mask=batch.prompt_mask,
-        position_ids=given.position_ids,
-        **given.images,
-        past_key_values=Cache(layers=[*prompts]),
-        use_cache=True,
-    ).last_hidden_state  # [G, T_prompt, H]
-    lengths = batch.prompt_mask.sum(dim=1)  # [G]
-    groups = torch.arange(len(lengths), device=lengths.device)
-    first = prompt_states[groups, lengths - 1][batch.prompt_of_row][:, None]  # [B, 1, H] predicts the first token
-    if batch.completion_ids.shape[1] == 1:
-        return first
-    read = batch.completion_mask[:, :-1].long()  # the last token predicts nothing
-    rest = model.base_model(
-        input_ids=batch.completion_ids[:, :-1],
-        attention_mask=torch.cat([batch.prompt_mask[batch.prompt_of_row], read], dim=1),
-        position_ids=given.next_position[batch.prompt_of_row][:, None]
-        + torch.arange(read.shape[1], device=read.device),
-        past_key_values=Cache(layers=[RowsLayer(layer, batch.prompt_of_row) for layer in prompts]),
-        use_cache=True,
-    ).last_hidden_state  # [B, T - 1, H]
-    return torch.cat([first, rest], dim=1)
+def _packed_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+    row = PackedRow.of(batch, kernel_for(model, batch))
+    with attention_of(model, ATTENTION):
+        states = model.base_model(
+            input_ids=row.token_ids,
+            attention_mask=torch.ones_like(row.token_ids),  # nothing is padding
+            position_ids=row.position_ids,
+            use_cache=False,
+            packed_row=row,
+        ).last_hidden_state  # [1, N, H]
+    return states[0][row.predicting]
 
 
 def whole_row_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:

@@ -38,11 +38,10 @@ def run_out() -> None:
 
 
 def fail_forward(policy: Policy, fails: Fails) -> None:
-    """No memory for the completions' pass where `fails`; the prompts' pass, which comes first, has some."""
+    """No memory for a pass where `fails`."""
 
     def before(module: nn.Module, arguments: Any, named: dict[str, Any]) -> None:
-        past = named.get("past_key_values")
-        if past is not None and past.get_seq_length() > 0 and fails(len(named["input_ids"])):
+        if fails(len(named["packed_row"].predicting)):
             run_out()
 
     policy.causal_lm.base_model.register_forward_pre_hook(before, with_kwargs=True)
@@ -51,12 +50,12 @@ def fail_forward(policy: Policy, fails: Fails) -> None:
 def fail_backward(policy: Policy, fails: Fails) -> None:
     """The same on the way back, when the graph is there and other micro-batches have left their gradients."""
 
-    def after(module: nn.Module, arguments: Any, output: Any) -> None:
+    def after(module: nn.Module, arguments: Any, named: dict[str, Any], output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
-        if states.requires_grad and fails(len(states)):
+        if states.requires_grad and fails(len(named["packed_row"].predicting)):
             states.register_hook(lambda gradient: run_out())
 
-    policy.causal_lm.get_decoder().layers[0].register_forward_hook(after)
+    policy.causal_lm.get_decoder().layers[0].register_forward_hook(after, with_kwargs=True)
 
 
 class Once:

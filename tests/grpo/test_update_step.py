@@ -182,22 +182,28 @@ def test_prompt_tokens_get_no_gradient(tiny_model_dir: Path) -> None:
     """Only the last prompt token's state and those of the completion predict a completion token."""
     policy = make_policy(tiny_model_dir)
     micro = batch_of().micro_batches[0]
-    outputs: list[torch.Tensor] = []
+    (states,) = kept_outputs(policy, micro)
+    touched = (states.grad.abs().sum(dim=-1) > 0)[0].tolist()
+    expected: list[bool] = []
+    for prompt_tokens in micro.prompt_mask.sum(dim=1).tolist():
+        expected += [False] * (prompt_tokens - 1) + [True]
+    expected += [True] * int((micro.completion_mask.sum(dim=1) - 1).sum())  # the last token predicts nothing
+    assert touched == expected
+
+
+def kept_outputs(policy: Policy, micro: MicroBatch) -> list[Any]:
+    """What the model's last norm gave out, [1, N, H] of a packed row, with its gradient."""
+    outputs: list[Any] = []
 
     def keep(_: object, __: object, output: torch.Tensor) -> None:
         output.retain_grad()
         outputs.append(output)
 
-    hook = policy.causal_lm.base_model.norm.register_forward_hook(keep)
+    norm: Any = policy.causal_lm.base_model.norm
+    hook = norm.register_forward_hook(keep)
     policy_pass(policy, micro, make_params()).logprobs.sum().backward()
     hook.remove()
-    prompts, completions = ((output.grad.abs().sum(dim=-1) > 0).tolist() for output in outputs)
-    for group, touched in enumerate(prompts):
-        last = int(micro.prompt_mask[group].sum()) - 1
-        assert touched == [t == last for t in range(len(touched))]
-    for row, touched in enumerate(completions):
-        length = int(micro.completion_mask[row].sum())
-        assert touched == [t < length - 1 for t in range(len(touched))]  # the last token predicts nothing
+    return outputs
 
 
 @pytest.mark.parametrize("budget", [1, 40, 8192])
@@ -242,16 +248,15 @@ def test_a_model_with_a_sliding_window_is_given_whole_rows_and_that_is_said_once
     assert line.startswith("MistralForCausalLM is given whole rows")
 
 
-def test_a_model_that_reads_its_cache_otherwise_is_found_on_the_first_batch_and_given_whole_rows(
+def test_a_model_that_counts_positions_otherwise_is_found_on_the_first_batch_and_given_whole_rows(
     tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def learned(policy: Policy, *, breaks: bool) -> torch.Tensor:
-        """Args: breaks: positions begin anew after a cache, as in a model whose own code counts them so."""
+        """Args: breaks: positions go on in a packed row, as in a model whose own code counts them so."""
 
         def begin_anew(_: torch.nn.Module, __: tuple[()], inputs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-            cache = inputs.get("past_key_values") if breaks else None
-            if cache is not None and cache.get_seq_length() > 0:
-                inputs["position_ids"] = inputs["position_ids"] - cache.get_seq_length()
+            if breaks and "packed_row" in inputs:
+                inputs["position_ids"] = torch.arange(inputs["position_ids"].shape[1])[None]
             return (), inputs
 
         with torch.no_grad():

@@ -1,0 +1,145 @@
+"""Attention of a packed row, under a name of its own in transformers, by one of three kernels that agree.
+
+`plain` holds the scores whole: on a CPU the fused kernel's backward pass is several times slower for short rows.
+`fused` is torch's `scaled_dot_product_attention`, for which a prompt's keys are written out before each completion's.
+`varlen` is flash-attn's kernel for sequences of any length, for models that came with flash-attn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from grpo.update.packed_row import PackedRow
+
+ATTENTION = "grpo_packed_row"
+"""The name under which transformers knows it."""
+
+
+def packed_row_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed_row: PackedRow,
+    scaling: float,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a packed row, as transformers calls it.
+
+    Args:
+        query: [1, heads, N, D]
+        key, value: [1, key-value heads, N, D]
+        attention_mask: none is made for an attention of our own.
+    Returns:
+        [1, N, heads, D], and no weights.
+    """
+    attend = {"plain": _plain, "fused": _fused, "varlen": _varlen}[packed_row.kernel]
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # [N, heads, D]
+    return attend(packed_row, query, key, value, scaling, softcap)[None], None
+
+
+def _plain(row: PackedRow, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """Scores held whole; a prompt's keys are read where they lie by all of its completions. Returns [N, heads, D]."""
+    heads = key.shape[1]
+    query = (query * scaling).unflatten(1, (heads, -1))  # [N, hk, h / hk, D]
+    (prompt_query, own_query), (prompt_key, own_key), (prompt_value, own_value) = map(row.padded, (query, key, value))
+    width = row.prompt_mask.shape[1]
+
+    def scores_of(query: Tensor, key: Tensor) -> Tensor:
+        scores = query @ key
+        return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+    def shares_of(scores: Tensor) -> Tensor:
+        return F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+
+    prompt_query = prompt_query.permute(0, 2, 3, 1, 4)  # [G, hk, rep, P, D]
+    rep = prompt_query.shape[2]
+    prompt_key = prompt_key.permute(0, 2, 3, 1)  # [G, hk, D, P]
+    prompt_value = prompt_value.transpose(1, 2)  # [G, hk, P, D]
+    scores = scores_of(prompt_query.flatten(2, 3), prompt_key).unflatten(2, (rep, width))  # [G, hk, rep, P, P]
+    of_prompts = shares_of(_causal(scores)).flatten(2, 3) @ prompt_value  # [G, hk, rep P, D]
+    of_prompts = of_prompts.unflatten(2, (rep, width)).permute(0, 3, 1, 2, 4)  # [G, P, hk, rep, D]
+    if row.columns == 0:
+        return row.packed(of_prompts.flatten(2, 3), own_query.flatten(3, 4))
+
+    slots, columns = row.slots, row.columns
+    own_query = own_query.permute(0, 3, 1, 4, 2, 5)  # [G, hk, R, rep, T, D]
+    own_key = own_key.permute(0, 3, 1, 4, 2)  # [G, hk, R, D, T]
+    own_value = own_value.permute(0, 3, 1, 2, 4)  # [G, hk, R, T, D]
+    to_prompt = scores_of(own_query.flatten(2, 4), prompt_key).unflatten(
+        2, (slots, rep, columns)
+    )  # [G, hk, R, rep, T, P]
+    if not bool(row.prompt_mask.all()):
+        to_prompt.masked_fill_(~row.prompt_mask[:, None, None, None, None], -torch.inf)
+    to_own = scores_of(own_query.flatten(3, 4), own_key).unflatten(3, (rep, columns))  # [G, hk, R, rep, T, T]
+    shares = shares_of(torch.cat([to_prompt, _causal(to_own)], dim=-1))
+    of_prompt, of_own = shares.split([width, columns], dim=-1)
+    attended = (of_prompt.flatten(2, 4) @ prompt_value).unflatten(2, (slots, rep, columns))
+    attended = attended + (of_own.flatten(3, 4) @ own_value).unflatten(3, (rep, columns))  # [G, hk, R, rep, T, D]
+    return row.packed(of_prompts.flatten(2, 3), attended.permute(0, 2, 4, 1, 3, 5).flatten(3, 4))
+
+
+def _causal(scores: Tensor) -> Tensor:
+    """[..., L, L] with what comes later out of sight."""
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill_(later, -torch.inf)
+
+
+def _fused(row: PackedRow, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """torch's fused kernels, for which each completion gets its prompt's keys before its own. Returns [N, heads, D]."""
+    if softcap is not None:
+        return _plain(row, query, key, value, scaling, softcap)
+    (prompt_query, own_query), *keys_and_values = map(row.padded, (query, key, value))
+    groups = len(row.prompt_mask)
+
+    def attended(query: Tensor, keys_and_values: list[Tensor], mask: Tensor | None) -> Tensor:
+        keys, values = (states.transpose(1, 2) for states in keys_and_values)  # [..., heads, L, D]
+        found = F.scaled_dot_product_attention(
+            query.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
+        return found.transpose(1, 2)
+
+    of_prompts = attended(prompt_query, [prompts for prompts, _ in keys_and_values], None)
+    if row.columns == 0:
+        return row.packed(of_prompts, own_query)
+    joined = [
+        torch.cat([prompts[:, None].expand(-1, row.slots, -1, -1, -1), own], dim=2).flatten(0, 1)
+        for prompts, own in keys_and_values
+    ]  # [G R, P + T, hk, D]
+    sees_own = torch.ones(row.columns, row.columns, dtype=torch.bool, device=query.device).tril()
+    mask = torch.cat(
+        [row.prompt_mask[:, None].expand(-1, row.columns, -1), sees_own.expand(groups, -1, -1)], dim=2
+    ).repeat_interleave(row.slots, dim=0)  # [G R, T, P + T]
+    of_rows = attended(own_query.flatten(0, 1), joined, mask[:, None])
+    return row.packed(of_prompts, of_rows.unflatten(0, (groups, row.slots)))
+
+
+def _varlen(row: PackedRow, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """flash-attn over sequences of any length, without padding or a mask. Returns [N, heads, D]."""
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    sequences = row.sequences
+    assert sequences is not None
+    return flash_attn_varlen_func(
+        query,
+        key[sequences.key_places],
+        value[sequences.key_places],
+        cu_seqlens_q=sequences.query_starts,
+        cu_seqlens_k=sequences.key_starts,
+        max_seqlen_q=sequences.longest[0],
+        max_seqlen_k=sequences.longest[1],
+        softmax_scale=scaling,
+        causal=True,  # the last query sees the last key: a completion's first token sees all of its prompt
+        softcap=softcap or 0.0,
+    )
+
+
+AttentionInterface.register(ATTENTION, packed_row_attention)
