@@ -18,7 +18,7 @@ from grpo.rollout.base import SamplingParams
 from grpo.rollout.replay import Replay, ReplayedPrompts
 from grpo.rollout.transformers_engine import PROBE_TOLERANCE, ROUNDED_TOLERANCE
 from grpo.runtime.policy import Policy, language_model_head
-from grpo.update.logprobs import Process, logprobs_under_both_laws
+from grpo.update.logprobs import Process, logprobs_under_both_laws, plain_logprobs
 from grpo.update.shared_prefix import can_share_prompts, predicting_states
 
 if TYPE_CHECKING:
@@ -113,7 +113,18 @@ def reference_logprobs(policy: Policy, batch: MicroBatch, params: SamplingParams
     with policy.reference() as reference:
         with _arithmetic(policy):
             states = predicting_states(reference, batch, shares=policy.shares_prompts)  # [B, T, H]
-        return _read_out(reference, states, batch, temperature=params.temperature).plain_logprobs
+        rows, offsets = batch.completion_mask.nonzero(as_tuple=True)  # [N], [N]
+        head = language_model_head(reference)
+        found = plain_logprobs(
+            states[rows, offsets],
+            head.weight,
+            batch.completion_ids[rows, offsets],
+            temperature=params.temperature,
+            bias=head.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+        )
+        return found.new_zeros(batch.completion_mask.shape).index_put((rows, offsets), found)
 
 
 @contextlib.contextmanager

@@ -114,6 +114,36 @@ def logprobs_under_both_laws(
     return outputs  # pyright: ignore[reportReturnType]
 
 
+@torch.no_grad()
+def plain_logprobs(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """[N] the third of `logprobs_under_both_laws` alone, to the bit, without gradient: the entropy is left out."""
+    head = _Head(
+        weight=lm_head_weight,
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        process=None,
+        entropy_has_gradient=False,
+    )
+    found = torch.empty(len(targets), device=hidden.device, dtype=full_precision(hidden[:0]).dtype)
+    for rows, chosen, positions in _chunks(hidden, targets, chunk_tokens):
+        law = torch.log_softmax(head.scaled(head.logits(rows)), dim=-1)  # [C, V]
+        found[positions] = law.gather(1, chosen[:, None])[:, 0]
+        del law  # before the next chunk's logits
+    return found
+
+
 def _chunks(hidden: Tensor, targets: Tensor, chunk_tokens: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(hidden [C, H], targets [C], positions [C]) of each chunk."""
     positions = torch.arange(hidden.shape[0], device=hidden.device)

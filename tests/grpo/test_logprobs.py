@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo.update.logprobs import Process, logprobs_under_both_laws, token_logprobs
+from grpo.update.logprobs import Process, logprobs_under_both_laws, plain_logprobs, token_logprobs
 
 N, HIDDEN, V = 7, 5, 11
 
@@ -145,6 +145,21 @@ def test_the_third_output_is_the_law_without_processing(chunk_tokens: int) -> No
     torch.testing.assert_close(law, expected[0], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(entropy, expected[1], rtol=1e-10, atol=1e-10)
     assert not torch.allclose(law, plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"logit_scale": 0.25}, {"softcap": 3.0}])
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
+def test_a_references_logprobs_are_the_plain_ones_and_carry_no_gradient(
+    chunk_tokens: int, options: dict[str, float]
+) -> None:
+    hidden, head, bias, targets = make_inputs()
+    found = plain_logprobs(hidden, head, targets, bias=bias, chunk_tokens=chunk_tokens, **options)  # pyright: ignore[reportArgumentType]
+    assert not found.requires_grad
+    expected, _ = full_softmax(hidden, head, targets, bias=bias, **options)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-12)
+    own = logprobs_under_both_laws(hidden, head, targets, bias=bias, chunk_tokens=chunk_tokens, **options)[2]  # pyright: ignore[reportArgumentType]
+    assert torch.equal(found, own)  # of the same weights, a KL is exactly 0
+    assert plain_logprobs(hidden[:0], head, targets[:0]).shape == (0,)
 
 
 def test_without_processing_both_laws_are_one() -> None:
