@@ -8,6 +8,7 @@ may be 2% off: the planner's terms are refined now and then.
 
 from __future__ import annotations
 
+import importlib
 import re
 import runpy
 import shlex
@@ -67,11 +68,19 @@ class PageReader:
                 path = self.folder / named[1]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8")
+                self._forget(path)
             elif kind == "bash":
                 printed = "".join(self._run(line) for line in text.splitlines())
             elif kind == "text":
                 num_compared += check_shown(text, printed)
         return num_compared
+
+    def _forget(self, path: Path) -> None:
+        """A file that was imported and is written again is another module."""
+        importlib.invalidate_caches()
+        for name, module in list(sys.modules.items()):
+            if getattr(module, "__file__", None) == str(path):
+                del sys.modules[name]
 
     def _run(self, line: str) -> str:
         wanted = EXIT.search(line)
@@ -88,8 +97,10 @@ class PageReader:
             if own is not None:
                 own(words[2:])
             elif words[0] == "python":
-                self.monkeypatch.setattr(sys, "argv", words[1:])
-                runpy.run_path(words[1], run_name="__main__")
+                with self.monkeypatch.context() as patch:
+                    patch.setattr(sys, "argv", words[1:])
+                    patch.setattr(sys, "path", [str(self.folder), *sys.path])  # as python does with a script's folder
+                    runpy.run_path(words[1], run_name="__main__")
             else:
                 self.monkeypatch.setattr(sys, "argv", list(words))
                 main()

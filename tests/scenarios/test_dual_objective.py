@@ -167,17 +167,17 @@ def test_a_completions_of_one_token_of_one_objective_alone_are_told_as_on_the_pa
 
 
 @pytest.mark.slow
-def test_a_overwritten_gradients_shorten_the_objective_that_likes_long_answers_and_added_ones_do_not(
+def test_a_overwritten_gradients_end_in_one_token_of_the_objective_that_likes_long_answers_and_added_ones_do_not(
     project: Path,
 ) -> None:
     """Groups go through the model by length, the longest first: what is left is the short prompts' objective."""
-    changes = ["steps=14", "optim.learning_rate=1.0e-2", "rollout.temperature=1.0"]
-    lengths = {}
-    for window in (Overwriting, None):
-        config = recipe(project, *changes, f"output_dir={'shipped' if window is None else 'overwriting'}")
-        _, rows = train_with(window, config)
-        lengths[window] = sum(row["completion/fairness/length_mean"] for row in rows[-3:]) / 3
-    assert lengths[Overwriting] < 4 < 6 < lengths[None] <= 8
+    changes = ["steps=34", "optim.learning_rate=1.0e-2"]
+    alarms, rows = train_with(Overwriting, recipe(project, *changes, "output_dir=overwriting"))
+    assert any(text.startswith("one-token completions of fairness") for text in alarms)
+    assert min(row["completion/fairness/length_mean"] for row in rows) <= 1.5
+    alarms, rows = train_with(None, recipe(project, *changes, "output_dir=shipped"))
+    assert not [text for text in alarms if "one-token completions of fairness" in text]
+    assert rows[-1]["completion/fairness/length_mean"] > 6
 
 
 def test_a_the_shipped_loop_trains_without_these_alarms(project: Path) -> None:
@@ -201,11 +201,13 @@ def test_b_one_token_makes_a_mean_of_0_318_by_k3_and_of_0_003_by_the_clamped_pen
 
 
 @pytest.mark.slow
-def test_b_a_beta_that_can_do_no_more_is_told_in_the_run_and_the_fixed_form_trains(reader: PageReader) -> None:
-    assert reader.follow("b.") == 3
-    rows = metrics_of(reader.folder / "held")
-    assert [row["update/skipped"] for row in rows] == [0, 0, 0]
-    assert rows[-1]["kl/fairness"] > 0
+def test_b_a_fixed_beta_lets_the_kl_climb_to_an_alarm_and_a_band_brings_it_down_again(reader: PageReader) -> None:
+    assert reader.follow("b.") == 6
+    climbing, held = ([row["kl/fairness"] for row in metrics_of(reader.folder / run)] for run in ("climbs", "held"))
+    assert min(climbing[-6:]) > 0.2
+    assert max(held) > 0.2  # it began to climb too
+    assert max(held[-4:]) < 0.15
+    assert [row["update/skipped"] for row in metrics_of(reader.folder / "held")] == [0] * 20
 
 
 def test_b_a_fixed_beta_ends_at_0_318_where_a_band_holds_and_no_spike_moves_it() -> None:
@@ -228,8 +230,14 @@ def test_b_a_fixed_beta_ends_at_0_318_where_a_band_holds_and_no_spike_moves_it()
 # --- c. the temperature
 
 
-def test_c_an_engine_that_drops_the_temperature_fails_verify(reader: PageReader) -> None:
-    assert reader.follow("c.") == 3
+def test_c_an_engine_that_drops_the_temperature_fails_verify_and_one_that_keeps_it_passes_and_trains(
+    reader: PageReader,
+) -> None:
+    assert reader.follow("c.") == 4
+    for run in ("cool", "warm"):
+        rows = metrics_of(reader.folder / run)
+        assert [row["sampler/ratio_p99"] for row in rows] == pytest.approx([1.0] * 3, abs=1e-3)
+        assert [row["update/skipped"] for row in rows] == [0, 0, 0]
 
 
 # --- d. memory
