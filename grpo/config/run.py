@@ -145,7 +145,8 @@ class RunConfig(StrictModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     determinism: Literal["default", "strict"] = "default"
     """strict: torch's deterministic algorithms only, and an error where an operation has none. A run on a CPU repeats
-    itself bit for bit without it; on a card it does not, and pays for it with time."""
+    itself bit for bit without it; on a card it does not, and pays for it with time (on a CPU an update takes 1.0 to 1.2
+    times as long: `benchmarks/determinism_cost.py`)."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """auto is flash-attn on CUDA where it is installed and the card has compute capability 8.0, else torch's SDPA."""
     prompts: PromptsConfig
