@@ -44,7 +44,7 @@ def train(case: Case, prompts: Sequence[str], pace: Pace) -> None:
                 "update": {
                     "loss": {"type": "dapo"},
                     "kl": {"estimator": "k3", "kl_correction": "ratio"},
-                    "micro_batch_tokens": case.group_tokens,  # one group, as theirs
+                    "micro_batch_tokens": case.micro_batch_tokens,
                 },
                 "optim": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
                 "trainable": {"type": "lora", "rank": RANK, "alpha": ALPHA},
