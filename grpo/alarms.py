@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo import metrics as names
-from grpo.config import FixedBetaConfig, FullTrainable, ObjectiveConfig, OptimConfig, PartsTrainable, TrainableConfig
+from grpo.config import (
+    FixedBetaConfig,
+    FullTrainable,
+    ObjectiveConfig,
+    OptimConfig,
+    PartsTrainable,
+    RunConfig,
+    TrainableConfig,
+)
 
 Row = Mapping[str, float | int | None]
 
@@ -95,6 +103,12 @@ class Alarms:
                 at = f", step {row[names.STEP]}"
                 found.append(_alarm(watch.name, watch.text.format(since=since), check=watch.check, at=at))
         return found
+
+
+def alarms_of(config: RunConfig) -> Alarms:
+    """The watch of a recipe's run."""
+    fixed_betas = with_fixed_beta(config.objectives)
+    return Alarms(list(config.objectives), eval_every=config.eval.every, fixed_betas=fixed_betas)
 
 
 def with_fixed_beta(objectives: Mapping[str, ObjectiveConfig]) -> list[str]:

@@ -11,9 +11,9 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from grpo.alarms import Alarm, Alarms, learning_rate_alarms, unmoved, with_fixed_beta
+from grpo.alarms import Alarm, alarms_of, learning_rate_alarms, unmoved
 from grpo.batch_dump import dump_batch
 from grpo.batching import build_batch
 from grpo.checkpoint import Checkpoint, RunState
@@ -22,6 +22,7 @@ from grpo.config import RunConfig, WarmupConfig
 from grpo.errors import RunStopped, StorageError, TooAlarming
 from grpo.held_out import HeldOut
 from grpo.keeping import Keeper
+from grpo.observer import Observer
 from grpo.phases import Announce, Phase, silent
 from grpo.preflight import open_run
 from grpo.rollout.canary import check_engine_follows
@@ -38,26 +39,6 @@ from grpo.step_report import StepReport, check_can_go_on, report_step
 from grpo.stopwatch import Stopwatch
 from grpo.title import title_rows
 from grpo.trackers import BackgroundTrackers, Tracker, open_trackers
-
-
-class Observer(Protocol):
-    """Sees a run from outside; the command line shows it in a table."""
-
-    def start(self, title_rows: list[tuple[str, str]]) -> None:
-        """The run's facts, before its first step."""
-        ...
-
-    def step(self, row: Mapping[str, Any], *, total_steps: int, seconds_left: float | None) -> None:
-        """A finished step's line of metrics.jsonl."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Something worth a line."""
-        ...
-
-    def warn(self, text: str) -> None:
-        """Something to look into."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +82,7 @@ class Trainer:
         """Whether the weights hold an update that metrics.jsonl has no line of."""
         self._stuck: set[str] = set()
         self._gate = StepGate(config, self._ranks)
-        fixed_betas = with_fixed_beta(config.objectives)
-        self._alarms = Alarms(list(config.objectives), eval_every=config.eval.every, fixed_betas=fixed_betas)
+        self._alarms = alarms_of(config)
         self._interrupted = threading.Event()
 
     @property
@@ -259,23 +239,8 @@ class Trainer:
             self._check_engine(done)
             durations: list[float] = []
             while done < config.steps and not self._ranks.any(interrupted.is_set()):
-                try:
-                    report = self.step(done + 1)
-                    self._is_ahead = True
-                    report = held_out.during(report)
-                    self._ranks.on_main(partial(directory.append, report.row, report.completions, report.answers))
-                    done, self._is_ahead = done + 1, False
-                    check_can_go_on(report, max_in_a_row=config.update.max_non_finite_steps)
-                    self._heed(self._alarms.observe(report.row))
-                except StorageError as exc:
-                    exc.add_note(f"Once there is room: grpo train {directory.path} --resume")
-                    raise
-                except RunStopped as exc:
-                    if not self._is_ahead:  # else the weights are not those of step `done`; the journal has the step
-                        self._saved(done, checkpoint)
-                    saved = "The journal has the step" if self._is_ahead else f"Saved after step {done}"
-                    exc.add_note(f"{saved}; go on with: grpo train {directory.path} --resume")
-                    raise
+                report = self._advance(done, checkpoint, held_out)
+                done = report.step
                 trackers.log(report.row)
                 durations.append(float(report.row["time/step_s"] or 0.0) + float(report.row.get("time/eval_s") or 0.0))
                 if self._observer:
@@ -301,6 +266,32 @@ class Trainer:
             evaluation=held_out.read(),
             was_interrupted=done < config.steps or needs_evaluation,
         )
+
+    def _advance(self, done: int, checkpoint: Checkpoint | None, held_out: HeldOut) -> StepReport:
+        """The step after `done`, with its evaluation where one is due, written down.
+
+        Raises:
+            RunStopped: the run cannot go on; it is saved, or the journal has what its last checkpoint lacks.
+        """
+        config, directory = self.config, self._directory
+        try:
+            report = self.step(done + 1)
+            self._is_ahead = True
+            report = held_out.during(report)
+            self._ranks.on_main(partial(directory.append, report.row, report.completions, report.answers))
+            done, self._is_ahead = done + 1, False
+            check_can_go_on(report, max_in_a_row=config.update.max_non_finite_steps)
+            self._heed(self._alarms.observe(report.row))
+        except StorageError as exc:
+            exc.add_note(f"Once there is room: grpo train {directory.path} --resume")
+            raise
+        except RunStopped as exc:
+            if not self._is_ahead:  # else the weights are not those of step `done`
+                self._saved(done, checkpoint)
+            saved = "The journal has the step" if self._is_ahead else f"Saved after step {done}"
+            exc.add_note(f"{saved}; go on with: grpo train {directory.path} --resume")
+            raise
+        return report
 
     def _heed(self, alarms: Sequence[Alarm], *, note: str | None = None) -> None:
         """Raises TooAlarming where the recipe says `alarms: stop`. Args: note: what is left then."""
