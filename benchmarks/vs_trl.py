@@ -26,7 +26,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -84,6 +84,8 @@ def last_reward(figures: dict[str, Any]) -> float:
 
 def measure(case: Case, trainers: dict[str, Callable[[], Train]]) -> dict[str, Any]:
     """One case, all trainers in turn."""
+    from trainer_race.floor import floor_of
+
     from grpo.runtime.models import load_tokenizer
 
     runs = race(trainers, case, make_prompts(case, load_tokenizer(MODEL, base_dir=Path())))
@@ -95,6 +97,7 @@ def measure(case: Case, trainers: dict[str, Callable[[], Train]]) -> dict[str, A
         "new_tokens": case.new_tokens,
         "steps": case.steps,
         **figures,
+        "floor": asdict(floor_of(case)),
         "speedup": figures["ours"]["tokens_per_s"] / figures["trl"]["tokens_per_s"],
         "memory_ratio": figures["ours"]["peak_bytes"] / figures["trl"]["peak_bytes"],
     }
@@ -115,6 +118,11 @@ def table(cases: list[dict[str, Any]]) -> str:
                     f"| {one['scoring_s']:.2f} s | {one['update_s']:.1f} s | {one['tokens_per_s']:.0f} "
                     f"| {one['peak_bytes'] / 2**30:.2f} GiB | {one['reward'][0]:.3f} -> {last_reward(one):.3f} |"
                 )
+        if floor := case.get("floor"):
+            lines.append(
+                f"| {case['prompt_tokens']} | the products alone, at {floor['operations_per_s'] / 1e9:.0f} GFLOP/s | "
+                f"| {floor['rollout_s']:.1f} s | | {floor['update_s']:.1f} s | | | |"
+            )
         lines.append(
             f"| {case['prompt_tokens']} | **ours over trl** | | | | | **{case['speedup']:.1f}x** "
             f"| **{case['memory_ratio']:.2f}x** | |"
