@@ -89,11 +89,14 @@ def _measured(case: MemoryCase, place: Path, device: str) -> Measured:
     )
 
 
-def probed(case: MemoryCase, place: Path, *, device: str, device_limit_bytes: int | None = None) -> dict[str, Any]:
+def probed(
+    case: MemoryCase, place: Path, *, device: str, steps: int = 2, device_limit_bytes: int | None = None
+) -> dict[str, Any]:
     """What `grpo.bench.probe` answers of a case, from a process of its own.
 
     Args:
         place: a folder for models, which cases share.
+        steps: two at least, for the optimizer's moments to be there.
         device_limit_bytes: of the card's memory; all of it where None.
     Raises:
         RunStopped: the process failed.
@@ -101,6 +104,7 @@ def probed(case: MemoryCase, place: Path, *, device: str, device_limit_bytes: in
     spec = {
         "recipe": case.recipe(model_folder(case, place), device=device),
         "prompt_tokens": case.prompt_tokens,
+        "steps": steps,
         "device_limit_bytes": device_limit_bytes,
     }
     path = place / "spec.json"
@@ -122,12 +126,13 @@ def predicted_peaks(case: MemoryCase, *, device: str) -> dict[str, int]:
     return {phase.name: phase.peak_bytes for phase in predict(case, device=device).phases}
 
 
-def predict(case: MemoryCase, *, device: str) -> MemoryPlan:
-    """The plan of a case, on hardware without bounds. The model need not be there: its config says all."""
+def predict(case: MemoryCase, *, device: str, device_bytes: int = UNBOUNDED) -> MemoryPlan:
+    """The plan of a case, on hardware without bounds or of so much memory. The model need not be there: its config says
+    all."""
     folder = Path("model").absolute()
     config = parse_recipe(case.recipe(folder, device=device), base_dir=folder.parent, source=case.name)
     hardware = Hardware(
-        name=device, device_bytes=UNBOUNDED, is_cpu=device == "cpu", has_bfloat16=True, threads=num_threads()
+        name=device, device_bytes=device_bytes, is_cpu=device == "cpu", has_bfloat16=True, threads=num_threads()
     )
     shape = shape_of({**case.model, "dtype": case.dtype}, source=case.name)
     return plan(config, hardware, prompt_tokens=case.prompt_tokens, shape=shape)

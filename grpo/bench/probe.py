@@ -43,12 +43,13 @@ class PeakMeter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.peaks: dict[str, dict[str, int]] = {}
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, list[float]] = {}
+        """Stage -> of each time that it was taken."""
         gc.collect()
         self._host, self._on_device = _resident("VmRSS"), self._allocated()
 
     def __call__(self, stage: str, do: Callable[[], Any]) -> Any:
-        """What `do` returns; a stage that is taken again replaces its figures."""
+        """What `do` returns; a stage that is taken again replaces its peaks."""
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to what is resident now
         if self._device.type == "cuda":
@@ -58,7 +59,7 @@ class PeakMeter:
         result = do()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self.seconds[stage] = time.perf_counter() - start
+        self.seconds.setdefault(stage, []).append(time.perf_counter() - start)
         host = _resident("VmHWM") - self._host
         peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _resident("VmHWM")
         held = self._on_device if self._device.type == "cuda" else self._host
@@ -81,27 +82,32 @@ def _resident(what: str) -> int:
     raise ConfigError(f"/proc/self/status has no {what}: peaks of host memory are read on Linux only")
 
 
-def run_stages(config: RunConfig, *, prompt_tokens: int, meter: PeakMeter) -> None:
-    """Every stage of a run, the update twice: from the second step on the optimizer's moments are there."""
+def run_stages(config: RunConfig, *, prompt_tokens: int, meter: PeakMeter, steps: int = 2) -> int:
+    """Every stage of a run, steps twice: from the second on the optimizer's moments are there.
+
+    Returns how often a micro-batch was halved for want of memory.
+    """
     stages = Stages(config, prompt_tokens=prompt_tokens)
     meter("load", stages.load)
     meter("engine", stages.make_engine)
     stages.prepare()
-    for _ in range(2):
+    halvings = 0
+    for _ in range(steps):
         meter("sampling", stages.sample)
         meter("reference", stages.reference)
-        meter("update", stages.update)
+        halvings += meter("update", stages.update).num_halvings
         meter("sync", stages.sync)
     with tempfile.TemporaryDirectory() as folder:
         meter("checkpoint", lambda: stages.save(Path(folder)))
+    return halvings
 
 
 def run_probe(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Peaks and times of one configuration.
 
     Args:
-        spec: `recipe` (a recipe's keys and values, its `model` a folder), `prompt_tokens`, and `device_limit_bytes`,
-            what torch may take of the card (all of it where None).
+        spec: `recipe` (a recipe's keys and values, its `model` a folder), `prompt_tokens`, `steps`, and
+            `device_limit_bytes`, what torch may take of the card (all of it where None).
     """
     folder = Path(spec["recipe"]["model"])
     config = parse_recipe(spec["recipe"], base_dir=folder.parent, source="the memory configuration")
@@ -119,12 +125,13 @@ def run_probe(spec: Mapping[str, Any]) -> dict[str, Any]:
         warm = parse_recipe({**spec["recipe"], **tiny}, base_dir=folder.parent, source="the warm-up")
         run_stages(warm, prompt_tokens=8, meter=PeakMeter(device))
     meter = PeakMeter(device)
-    run_stages(config, prompt_tokens=int(spec["prompt_tokens"]), meter=meter)
+    halvings = run_stages(config, prompt_tokens=int(spec["prompt_tokens"]), meter=meter, steps=int(spec["steps"]))
     completion_tokens = config.prompts.per_step * config.rollout.group_size * config.rollout.max_new_tokens
     return {
         "stages": meter.peaks,
         "seconds": meter.seconds,
-        "tokens_per_s": {stage: completion_tokens / meter.seconds[stage] for stage in ("sampling", "update")},
+        "halvings": halvings,
+        "tokens_per_s": {stage: completion_tokens / meter.seconds[stage][-1] for stage in ("sampling", "update")},
     }
 
 

@@ -23,7 +23,7 @@ from grpo.runtime.quantization import quantize
 from grpo.types import Completion, Message, Prompt, RolloutGroup, ScoredGroup, Verdict
 from grpo.update.beta import FixedBeta
 from grpo.update.forward import reference_logprobs
-from grpo.update.step import Updater
+from grpo.update.step import Updater, UpdateStats
 
 
 class Stages:
@@ -94,9 +94,9 @@ class Stages:
         """The reference's log-probabilities of the largest micro-batch."""
         reference_logprobs(self.policy, self._batch.micro_batches[0].to(self.policy.device), self._params).sum()
 
-    def update(self) -> None:
+    def update(self) -> UpdateStats:
         """An optimizer step."""
-        self._updater.step(self._batch)
+        return self._updater.step(self._batch)
 
     def sync(self) -> None:
         """The policy's weights into the engine."""
