@@ -39,13 +39,14 @@ class UpdateTerms:
 
     def is_plain_attention(self) -> bool:
         """Scores are held: short rows on a CPU, or asked for where whole rows go through the model's own attention."""
-        rows, terms = self.terms.rows, self.terms
-        if terms.config.attention == "eager" and not terms.shape.shares_prompts:
-            return True
+        terms, rows = self.terms, self.terms.rows
         whole = rows.prompt_tokens + rows.completion_tokens
-        pairs = rows.prompts * rows.prompt_tokens**2 + rows.rows * rows.completion_tokens * whole
         if not terms.shape.shares_prompts:
             pairs = rows.rows * whole**2
+            return terms.config.attention == "eager" or (
+                terms.is_cpu and terms.shape.heads * pairs <= PLAIN_ATTENTION_SCORES
+            )
+        pairs = rows.prompts * rows.prompt_tokens**2 + rows.rows * rows.completion_tokens * whole
         return terms.is_cpu and terms.shape.heads * pairs <= PLAIN_ATTENTION_SCORES
 
     def saved_per_token(self) -> int:
