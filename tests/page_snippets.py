@@ -44,6 +44,8 @@ class PageReader:
     """Command, such as "grpo doctor" -> what stands in for it, given its arguments."""
     home: str = "/home/me/project"
     """What the page calls the folder."""
+    printed: list[str] = field(default_factory=list)
+    """By each command, in their order."""
 
     def follow(self, section: str) -> int:
         """Do what a section says. Args: section: how its heading begins. Returns the number of pieces compared."""
@@ -88,6 +90,7 @@ class PageReader:
         code = self._exit_code(words)
         captured = self.capsys.readouterr()
         printed = (captured.out + captured.err).replace(str(self.folder), self.home)
+        self.printed.append(printed)
         assert code == (int(wanted[1]) if wanted else 0), f"{line}\n{printed}"
         return printed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from virtual_clock import run_virtually
 from grpo.alarms import Alarms
 from grpo.batching import TrainBatch, build_batch
 from grpo.bench.cases import LLAMA, MemoryCase
-from grpo.bench.memory import measure_cases, predict
+from grpo.bench.memory import predict
 from grpo.bench.stages import make_model_folder, random_groups
 from grpo.config import RunConfig
 from grpo.recipe_loader import load_recipe, parse_recipe
@@ -170,8 +171,10 @@ def test_a_completions_of_one_token_of_one_objective_alone_are_told_as_on_the_pa
 def test_a_overwritten_gradients_end_in_one_token_of_the_objective_that_likes_long_answers_and_added_ones_do_not(
     project: Path,
 ) -> None:
-    """Groups go through the model by length, the longest first: what is left is the short prompts' objective."""
-    changes = ["steps=34", "optim.learning_rate=1.0e-2"]
+    """Groups go through the model by length, the longest first: what is left is the short prompts' objective. Without
+    a KL penalty, which would pull it back from one token."""
+    changes = ["steps=26", "optim.learning_rate=1.0e-2"]
+    changes += [f"objectives.{name}.beta.value=0.0" for name in PROMPTS]
     alarms, rows = train_with(Overwriting, recipe(project, *changes, "output_dir=overwriting"))
     assert any(text.startswith("one-token completions of fairness") for text in alarms)
     assert min(row["completion/fairness/length_mean"] for row in rows) <= 1.5
@@ -355,12 +358,11 @@ def test_d_the_three_changes_save_what_the_plan_says_by_torchs_own_count(tmp_pat
 
 
 @pytest.mark.slow
-def test_d_the_same_share_is_saved_of_a_processs_own_memory() -> None:
-    measured = list(measure_cases([BEFORE, AFTER]))
-    saved = 1 - measured[1].peak_bytes / measured[0].peak_bytes
-    predicted = 1 - measured[1].predicted_bytes / measured[0].predicted_bytes
-    assert saved == pytest.approx(0.6, abs=0.05)
-    assert predicted == pytest.approx(saved, abs=0.05)
+def test_d_the_same_share_is_saved_of_a_processs_own_memory(reader: PageReader) -> None:
+    assert reader.follow("Measured") == 1
+    saved, planned = (int(share) for share in re.findall(r"(\d+)% less", reader.printed[-1]))
+    assert saved == pytest.approx(60, abs=5)
+    assert planned == pytest.approx(saved, abs=5)
 
 
 # --- e. the judge's time

@@ -9,9 +9,18 @@ import pytest
 import torch
 from page_snippets import PageReader
 from run_builders import metrics_of
-from scenarios.segmenter import AssignsInPlace, BlanksInPlace, CannotLearn, Segmenter, loss_of, soft_dice, with_lora
+from scenarios.segmenter import (
+    AssignsInPlace,
+    BlanksInPlace,
+    CannotLearn,
+    Segmenter,
+    loss_of,
+    soft_dice,
+    validation_dice,
+    with_lora,
+)
 
-from grpo.alarms import unmoved
+from grpo.alarms import still_metric, unmoved
 
 PAGE = Path(__file__).with_name("segmentation_lora.md")
 
@@ -52,18 +61,51 @@ def test_a_frozen_dice_raises_the_alarm_and_the_check_names_the_decorated_forwar
     assert reader.follow("Validation Dice") == 11
 
 
+def validation_dices(kind: type[Segmenter]) -> list[float]:
+    """Before and after each of three epochs, by the loop on the page."""
+    model = with_lora(kind())
+    loss = loss_of(model)
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-3)
+    dices = [validation_dice(model)]
+    for _ in range(3):
+        for _ in range(3):
+            value = loss()
+            if not value.requires_grad:
+                value.requires_grad_(True)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        dices.append(validation_dice(model))
+    return dices
+
+
+def test_the_dice_stands_still_to_the_last_digit_and_rises_once_the_decorator_is_gone() -> None:
+    frozen, learning = validation_dices(CannotLearn), validation_dices(Segmenter)
+    assert len(set(frozen)) == 1
+    assert [alarm.name for alarm in still_metric("Dice", frozen)] == ["Dice unmoved"]
+    assert frozen[0] == learning[0]  # the same model
+    assert len(set(learning)) == 4
+    assert learning[-1] > learning[0] + 0.01
+    assert still_metric("Dice", learning) == []
+
+
 def test_writes_into_a_leaf_are_explained_one_after_the_other(reader: PageReader) -> None:
     assert reader.follow("A leaf Variable") == 2
 
 
 def test_the_dice_of_boxes_trains_the_adapter_for_some_steps_and_the_evaluation_moves(reader: PageReader) -> None:
-    assert reader.follow("The regions reward") == 0  # what it shows is in its files
+    assert reader.follow("The regions reward") == 1
     run = reader.folder / "run"
     rows = metrics_of(run)
     assert len(rows) == 8
     assert all(row["reward/segmentation/std"] > 0 and row["grad_norm"] > 0 for row in rows)
     assert rows[-1]["kl/segmentation"] > rows[0]["kl/segmentation"]
-    assert unmoved(json.loads((run / "eval.json").read_text(encoding="utf-8"))) == []
+    evaluation = json.loads((run / "eval.json").read_text(encoding="utf-8"))
+    before, after = (evaluation[when]["segmentation"]["mean"] for when in ("before", "after"))
+    assert before != after
+    assert unmoved(evaluation) == []
+    still = json.loads((reader.folder / "still" / "eval.json").read_text(encoding="utf-8"))
+    assert still["before"]["segmentation"]["mean"] == still["after"]["segmentation"]["mean"] == before
 
 
 def test_a_run_whose_answers_change_and_whose_dice_does_not_is_told_so() -> None:
