@@ -27,8 +27,15 @@ class Fit:
     """Seconds or bytes."""
 
     @property
+    def off_line(self) -> float:
+        """The largest distance of a value from the best straight line with a fixed part, as a share of the value."""
+        return distance_from_line(self.sizes, self.values)
+
+    @property
     def is_met(self) -> bool:
-        return self.expected.least <= self.exponent <= self.expected.most
+        straight = self.expected.straight
+        is_straight = straight is None or self.off_line <= straight
+        return self.expected.least <= self.exponent <= self.expected.most and is_straight
 
     @property
     def name(self) -> str:
@@ -42,6 +49,13 @@ def exponent_of(sizes: Sequence[float], values: Sequence[float]) -> float:
     if min(values) <= 0:
         raise ValueError(f"a cost of {min(values)} has no logarithm: measure a larger point")
     return float(np.polyfit([math.log(size) for size in sizes], [math.log(value) for value in values], 1)[0])
+
+
+def distance_from_line(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Of the line a + b * size whose errors, as shares of the values, have the least squares."""
+    measured = np.array(values)
+    slope, fixed = np.polyfit(sizes, measured, 1, w=1 / measured)
+    return float(np.abs((fixed + slope * np.array(sizes)) / measured - 1).max())
 
 
 def fits_of(document: Mapping[str, Any]) -> Iterator[Fit]:
@@ -73,8 +87,8 @@ def _fit(series: str, expected: Expected, sizes: Sequence[float], values: Sequen
 def fit_table(fits: Sequence[Fit]) -> str:
     """Markdown."""
     lines = [
-        "| varied | cost | from | to | against | exponent | expected | because |",
-        "|---|---|---|---|---|---|---|---|",
+        "| varied | cost | from | to | against | exponent | expected | because | off a straight line |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for fit in fits:
         low, high = (_shown(value, fit.expected.cost) for value in (fit.values[0], fit.values[-1]))
@@ -82,7 +96,7 @@ def fit_table(fits: Sequence[Fit]) -> str:
         limits = f"{fit.expected.least:g} to {fit.expected.most:g}"
         lines.append(
             f"| {fit.series} | {fit.name} | {low} | {high} | {against} | {fit.exponent:.2f} | {limits} "
-            f"| {fit.expected.why} |"
+            f"| {fit.expected.why} | {fit.off_line:.0%} |"
         )
     return "\n".join(lines)
 
@@ -94,8 +108,9 @@ def _shown(value: float, cost: str) -> str:
 def misses(fits: Sequence[Fit]) -> list[str]:
     """Costs that grow by another power than expected."""
     return [
-        f"{fit.series}: the {fit.name} grows by the power {fit.exponent:.2f} of the {fit.expected.against}; "
-        f"expected {fit.expected.least:g} to {fit.expected.most:g} ({fit.expected.why})"
+        f"{fit.series}: the {fit.name} grows by the power {fit.exponent:.2f} of the {fit.expected.against}, "
+        f"{fit.off_line:.0%} off a straight line; expected {fit.expected.least:g} to {fit.expected.most:g} "
+        f"({fit.expected.why})"
         for fit in fits
         if not fit.is_met
     ]
