@@ -13,13 +13,13 @@ from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from grpo.errors import ConfigError
+from grpo.errors import ConfigError, StorageError
 from grpo.journal import Journal
 from grpo.judge_figures import JudgeFigures
 from grpo.objectives import Objective, WeightedReward
 from grpo.types import RolloutGroup, ScoredGroup, Verdict
 from rewards.base import begin_step, check_reward_ready, close_reward, score_group
-from rewards.errors import RewardError
+from rewards.errors import RewardError, RewardNotRecorded
 from rewards.types import RewardInput, Score
 
 Result = TypeVar("Result")
@@ -97,19 +97,22 @@ class Scorer:
         failures = [e for e in await asyncio.gather(*closing, return_exceptions=True) if isinstance(e, Exception)]
         await self._loop.shutdown_default_executor()
         if failures:
-            raise ExceptionGroup("closing the rewards failed", failures)
+            raise _storage_error(failures) or ExceptionGroup("closing the rewards failed", failures)
 
     def _all_rewards(self) -> list[WeightedReward]:
         return [reward for objective in self._objectives.values() for reward in objective.rewards]
 
     async def _score(self, group: RolloutGroup, objectives: Sequence[str]) -> ScoredGroup:
         asked = [self._objectives[name] for name in objectives]
-        async with asyncio.TaskGroup() as tasks:
-            running = {
-                (objective.name, reward.name): tasks.create_task(self._ask(group, objective.name, reward))
-                for objective in asked
-                for reward in objective.rewards
-            }
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = {
+                    (objective.name, reward.name): tasks.create_task(self._ask(group, objective.name, reward))
+                    for objective in asked
+                    for reward in objective.rewards
+                }
+        except ExceptionGroup as errors:
+            raise _storage_error(errors.exceptions) or errors from None
         scores = {key: task.result() for key, task in running.items()}
         verdicts = tuple(
             {objective.name: _verdict(objective, scores, row) for objective in asked}
@@ -159,6 +162,12 @@ class PendingScores:
 
     def _note_end(self, _: object) -> None:
         self._ended = max(self._ended, time.perf_counter())
+
+
+def _storage_error(errors: Sequence[BaseException]) -> StorageError | None:
+    """What could not be written down is no missing score: the run stops. None where there is no such thing."""
+    unrecorded = [error for error in errors if isinstance(error, RewardNotRecorded)]
+    return StorageError(str(unrecorded[0])) if unrecorded else None
 
 
 def reward_inputs(group: RolloutGroup) -> list[RewardInput]:

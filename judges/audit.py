@@ -96,6 +96,7 @@ class AuditLog:
         self._session = secrets.token_hex(4)  # tells a step that was run again after a crash from its first run
         self._take_booking = take_booking
         self._owed: list[Booking] = []  # taken from the budget, and not yet written down
+        self._was_refused = False
         self._file: int | None = None
 
     async def append(self, record: AuditRecord) -> None:
@@ -118,16 +119,24 @@ class AuditLog:
         """Sync and close; the next line would open the file again.
 
         Raises:
-            AuditFailed: what a budget has booked since the last line could not be written.
+            AuditFailed: what a budget has booked since the last line could not be written, or the lines could not be
+                synced; not a second time where a line was refused before.
         """
-        self.append_booking()
-        with _WRITING:
-            file, self._file = self._file, None
-            if file is not None:
-                try:
-                    os.fsync(file)
-                finally:
-                    os.close(file)
+        was_refused = self._was_refused
+        try:
+            self.append_booking()
+            with _WRITING:
+                file, self._file = self._file, None
+                if file is not None:
+                    try:
+                        os.fsync(file)
+                    finally:
+                        os.close(file)
+        except OSError as exc:
+            raise AuditFailed(f"the audit {self.path} cannot be written: {exc}. Free space.") from exc
+        except AuditFailed:
+            if not was_refused:
+                raise
 
     def _place(self) -> dict[str, Any]:
         return {"session": self._session, "step": self.step}
@@ -142,6 +151,7 @@ class AuditLog:
             try:
                 self._write(content)
             except OSError as exc:
+                self._was_refused = True
                 raise AuditFailed(
                     f"the audit {self.path} cannot be written: {exc}. {len(content)} bytes were to be written. Free "
                     "space, or choose another path."

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from judges.budget import MoneyBudget
 from judges.limits.endpoint import SharedLimits
 from judges.seams import VerdictCache
-from rewards.errors import RewardError
+from rewards.errors import RewardError, RewardNotRecorded
 from rewards.types import RewardInput, Score
 
 MAX_REASON_CHARS = 500
@@ -78,6 +78,8 @@ async def score_group(reward: AnyReward, inputs: Sequence[RewardInput]) -> list[
         answer = await call_reward(
             reward, list(inputs)
         )  # a copy: a reward that mutates its list must not shift the scores
+    except RewardNotRecorded:
+        raise
     except Exception as exc:  # noqa: BLE001  # any failure of foreign code is a missing score, never a number
         return _all_missing(inputs, describe_exception(exc))
     problem = shape_problem(answer, num_expected=len(inputs))

@@ -2,7 +2,8 @@
 
 RewardError
 ├── RewardConfigError   the user: a name or parameter is wrong
-└── RewardUnavailable   retry later: what the reward asks (a judge endpoint) cannot be reached
+├── RewardUnavailable   retry later: what the reward asks (a judge endpoint) cannot be reached
+└── RewardNotRecorded   the user: a score could not be written down, for want of room
 """
 
 from __future__ import annotations
@@ -18,3 +19,7 @@ class RewardConfigError(RewardError):
 
 class RewardUnavailable(RewardError):
     """What the reward depends on, such as a judge endpoint, cannot be reached."""
+
+
+class RewardNotRecorded(RewardError):
+    """What was said and paid for could not be written down. No missing score: whoever scores must stop."""

@@ -25,7 +25,7 @@ from judges.replay import ReplayPool
 from judges.seams import VerdictCache
 from judges.types import Judgement, JudgeRequest, Scored
 from rewards.base import RewardContext
-from rewards.errors import RewardConfigError, RewardError, RewardUnavailable
+from rewards.errors import RewardConfigError, RewardNotRecorded, RewardUnavailable
 from rewards.registry import make_local_module_importable
 from rewards.types import RewardInput, Score
 
@@ -135,7 +135,7 @@ class Judged:
 
         Raises:
             RewardConfigError: a secret or the URL is missing or wrong.
-            RewardError: a verdict could not be written to the audit.
+            RewardNotRecorded: a verdict, or a call's money, could not be written to the audit.
         """
         requests = [
             JudgeRequest(
@@ -152,7 +152,7 @@ class Judged:
         except JudgeConfigError as exc:
             raise RewardConfigError(f"reward 'judged': {exc}") from exc
         except AuditFailed as exc:
-            raise RewardError(f"reward 'judged': {exc}") from exc
+            raise RewardNotRecorded(f"reward 'judged': {exc}") from exc
         return [self._score_of(judgement) for judgement in judgements]
 
     def stats(self) -> PoolStats | None:
@@ -170,7 +170,11 @@ class Judged:
         return replace(stats, counts={**others, "cached": num_cached} if num_cached else others)
 
     async def aclose(self) -> None:
-        """Close what this reward has opened."""
+        """Close what this reward has opened.
+
+        Raises:
+            RewardNotRecorded: the audit's last lines are not on the disk.
+        """
         clients, self._clients, self._pool, self._loop = self._clients, [], None, None
         cache, self._cache = self._cache, None
         try:
@@ -180,7 +184,10 @@ class Judged:
                 await cache.aclose()
         finally:
             if self._audit is not None:
-                await asyncio.to_thread(self._audit.close)
+                try:
+                    await asyncio.to_thread(self._audit.close)
+                except AuditFailed as exc:
+                    raise RewardNotRecorded(f"reward 'judged': {exc}") from exc
 
     def _pool_of_this_loop(self) -> JudgePool | ReplayPool:
         if self._replay is not None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kill_harness.file_faults import refuse
+from kill_harness.file_operations import Operation, watched
 from run_builders import Notebook, Runs, lines_of, metrics_of, tensors_of, what_was_computed, write_rows
 
 from grpo.errors import StorageError
@@ -106,6 +110,30 @@ def test_a_step_whose_verdicts_are_all_there_is_finished_without_a_judge(runs: R
     requests = [line["id"] for line in lines_of(run_dir / "judge_audit.jsonl") if "id" in line]
     assert len(requests) == len(set(requests)) > 0  # none twice, none missing
     assert tensors_of(run_dir).keys() == tensors_of(whole).keys()
+
+
+@pytest.mark.parametrize("has_budget", [True, False])
+def test_a_verdict_that_the_audit_has_no_room_for_stops_the_run_and_is_no_missing_score(
+    has_budget: bool, runs: Runs
+) -> None:
+    def fill(operation: Operation, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        act = refuse(errno.ENOSPC) if operation.path.name == "judge_audit.jsonl" else None
+        is_written = operation.name in ("open", "write")
+        return act(operation, call, arguments) if act and is_written else call(*arguments)
+
+    with serve() as server:
+        objectives = judged(server.url)
+        if has_budget:  # then each call is written down as it ends, else each judgement
+            objectives["short"]["rewards"][0]["params"]["budget"] = {"per_run": 1.0}
+        whole = runs.run("whole", steps=1, objectives=objectives)
+        with (
+            watched(runs.folder.resolve() / "run", fill),
+            pytest.raises(StorageError, match=r"run/judge_audit\.jsonl cannot be written: .* \d+ bytes were to be"),
+        ):
+            runs.run("run", steps=1, objectives=objectives)
+        assert not (runs.folder / "run" / "metrics.jsonl").exists()
+        run_dir = runs.run("run", resume=True, steps=1, objectives=objectives)
+    assert computed(run_dir) == computed(whole)
 
 
 def test_an_evaluation_whose_result_could_not_be_written_buys_no_verdict_twice(runs: Runs) -> None:
