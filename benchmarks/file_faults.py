@@ -89,6 +89,7 @@ def main() -> int:
     problems += [f"{one.place}, {one.fault}: {one.differences}" for one in trials if one.differences]
     problems += [f"{one.place}, {one.fault}: {one.message}" for one in trials if one.exit_code and not one.names_path]
     problems += [f"{one.place}, {one.fault}: {one.crash}" for one in trials if one.crash]
+    problems += [f"{one.place}, {one.fault}: no checkpoint is whole" for one in trials if one.left == "none"]
     print(table(trials))
     print("\n".join(problems) or "every run that stopped names its folder, and was resumed bit for bit")
     if options.json:

@@ -17,7 +17,7 @@ from kill_harness.evidence import differences
 from kill_harness.file_faults import FAULTS
 from kill_harness.file_operations import Operation, watched
 
-from grpo.checkpoint import latest_checkpoint
+from grpo.checkpoint import latest_checkpoint, list_checkpoints
 from grpo.errors import CheckpointError, GrpoError, InputError
 
 _RANDOM_NAME = re.compile(r"\.(.+)-[0-9a-f]{32}")
@@ -50,7 +50,8 @@ class Trial:
     names_need: bool
     """Whether it says how many bytes are needed, or were to be written."""
     left: str
-    """Checkpoint that is left whole: "none yet", "the one before", "the new one"."""
+    """Checkpoint that is left whole: "none yet", or of the last finished step, or of the step before it; "none" where
+    there were some."""
     differences: tuple[str, ...]
     """Of the run, resumed, from the undisturbed one."""
 
@@ -134,9 +135,9 @@ def _left(run_dir: Path) -> str:
     try:
         step = latest_checkpoint(run_dir).step
     except CheckpointError:
-        return "none yet"
+        return "none" if list_checkpoints(run_dir) else "none yet"
     lines = (run_dir / "metrics.jsonl").read_bytes().count(b"\n")
-    return "the new one" if step >= lines else "the one before"
+    return "of the last finished step" if step >= lines else "of the step before"
 
 
 def table(trials: Sequence[Trial]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from kill_harness.fault_trials import Place, Trial, fail_at, places_of, table
 from kill_harness.file_faults import FAULTS, failing, operations_of
 from kill_harness.file_operations import CrashDisk, Kept, Operation, watched
 from run_builders import Runs, lines_of, tensors_of, what_was_computed
@@ -90,10 +92,58 @@ def test_whichever_file_operation_of_a_run_fails_it_stops_with_the_path_and_resu
         if message:
             stopped += 1
             assert str(run_dir) in message, planned
+            assert re.search(r"\d+ bytes were to be written", message) or needs_no_room(planned), (planned, message)
             finish(runs, run_dir)
         check_same(run_dir, whole)
         shutil.rmtree(run_dir)
     assert stopped == 0 if fault == "a short write" else stopped > 0
+
+
+def needs_no_room(operation: Operation) -> bool:
+    """Whether it takes something away, or waits for what was taken away: a folder under the name that it dies by, a
+    half line; how much room that needs has no answer."""
+    is_dying = re.fullmatch(r"\.step-\d+-[0-9a-f]{32}", operation.path.name) and operation.name == "rename"
+    return bool(is_dying) or operation.name in ("unlink", "rmdir", "ftruncate")
+
+
+def test_each_refused_operation_is_a_row_of_the_table(runs: Runs) -> None:
+    """As `benchmarks/file_faults.py` makes it of all of them."""
+    places = {
+        Place(operation="write", file="metrics.jsonl"): 2,
+        Place(operation="fsync", file="checkpoints/step-N (under a temporary name)/state.json"): 2,
+        Place(operation="ftruncate", file=".lock"): 2,
+    }
+
+    def run(run_dir: Path) -> None:
+        runs.run(str(run_dir.relative_to(runs.folder)), **CHANGES)
+
+    def resume(run_dir: Path) -> None:
+        runs.run(str(run_dir.relative_to(runs.folder)), resume=True, **CHANGES)
+
+    (runs.folder / "whole").mkdir()
+    found = places_of(run, runs.folder / "whole" / "run")
+    assert [place for place, number in places.items() if found[place] < number] == []
+    trials: list[Trial] = []
+    for place, number in places.items():
+        folder = runs.folder / place.operation
+        folder.mkdir()
+        trials.append(
+            fail_at(
+                place,
+                number,
+                "ENOSPC",
+                run,
+                resume,
+                run_dir=folder / "run",
+                undisturbed=runs.folder / "whole" / "run",
+            )
+        )
+    assert table(trials).splitlines()[2:] == [
+        "| write `metrics.jsonl` | ENOSPC | stops, exit code 1 | yes, yes | of the last finished step | bit for bit |",
+        "| fsync `checkpoints/step-N (under a temporary name)/state.json` | ENOSPC | stops, exit code 1 | yes, yes "
+        "| of the step before | bit for bit |",
+        "| ftruncate `.lock` | ENOSPC | goes on |  | of the last finished step | not needed |",
+    ]
 
 
 def some(operations: Sequence[Operation]) -> list[Operation]:

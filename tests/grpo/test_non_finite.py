@@ -31,6 +31,8 @@ def fragile(inputs: LossInput) -> LossOutput:
     how = poison.read_text() if poison.exists() else ""
     if how == "value":
         token_loss = token_loss * float("nan")
+    if how == "infinite value":
+        token_loss = token_loss + float("inf")
     if how == "gradient":  # the square root of 0 is 0, its slope is not finite
         token_loss = token_loss + (inputs.logprobs - inputs.logprobs.detach()).square().sqrt()
     return LossOutput(token_loss=token_loss, metrics={"own": token_loss.detach()})
@@ -60,6 +62,7 @@ def weights_of(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     ("how", "cause"),
     [
         ("value", "the loss of a micro-batch of"),
+        ("infinite value", "the loss of a micro-batch of"),
         # the head is no module's call, so the norm before it is the last one
         ("gradient", "first in base_model.model.model.norm (the gradient of its output)"),
     ],
