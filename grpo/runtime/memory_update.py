@@ -223,7 +223,8 @@ class UpdateTerms:
         head_gradient = FULL * shape.head_parameters if self.terms.trains_head else 0
         # a frozen head's slopes; of one that learns, its input, the gradient by it, and that by the states
         head_slopes = self.terms.rows.loss_tokens * shape.hidden * FULL * (3 if self.terms.trains_head else 1)
-        backward = self.tokens * (2 * shape.intermediate * width + 2 * shape.hidden * FULL)
+        # of the feed-forward part's two halves, and of the residual
+        backward = self.tokens * (2 * shape.intermediate * width + shape.hidden * FULL)
         backward += self.recomputed_block() + self._written_out()
         freed = self.last_norm() if self.recomputed_layers else 0  # before the last block is computed again
         own_gradient = FULL * self.terms.learning
