@@ -7,7 +7,6 @@ is noticed before one of them is used.
 from __future__ import annotations
 
 import ast
-import asyncio
 import errno
 import os
 import pickle
@@ -28,14 +27,9 @@ from kill_harness.file_operations import CrashDisk, Kept, Operation, watched
 
 from grpo.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from grpo.errors import CheckpointError, ModelError, StorageError
-from grpo.journal import Journal
 from grpo.runtime.models import load_model
 from grpo.update.beta import BandBeta
 from grpo.update.step import Updater
-from judges.audit import AuditLog, read_audit
-from judges.budget import MoneyBudget, spent_according_to
-from judges.config import BudgetConfig
-from judges.types import Verdict
 
 PACKAGES = [Path(__file__).parents[2] / name for name in ("grpo", "rewards", "judges")]
 
@@ -242,60 +236,6 @@ def test_a_crash_at_any_file_operation_of_a_save_leaves_the_old_checkpoint_or_th
         assert found == sorted(found), "the old one came back after the new one was there"
         assert found[0] == 1
         assert found[-1] == 2
-
-
-def test_what_was_sealed_in_the_journal_and_every_verdict_that_was_put_survive_a_crash_right_behind(
-    tmp_path: Path,
-) -> None:
-    root = tmp_path / "disk"
-    (root / "run").mkdir(parents=True)
-    disk, group = CrashDisk(root), make_group([{"a": 1.0}, {"a": 0.0}], seed=1)
-    verdict = Verdict(scores=(0.5,), raws=("half",), endpoint="here", usage=None, cost=0.25)
-
-    def after_a_crash(name: str) -> Journal:
-        disk.leave(tmp_path / name, names="synced", contents="synced")
-        journal = Journal(tmp_path / name / "run" / "journal", rank=0)
-        assert journal.open_chapter("step-1") == []
-        return journal
-
-    with watched(root.resolve(), disk.around):
-        journal = Journal(root / "run" / "journal", rank=0)
-        journal.open_chapter("step-1")
-        journal.add_group(group.rollout)
-        asyncio.run(journal.put("question", verdict))
-        left = after_a_crash("after-the-verdict")
-        assert asyncio.run(left.get("question")) == verdict
-        assert left.sealed() is None
-        journal.sync()
-        journal.seal([group], [], {"judge/calls": 1.0})
-        sealed = after_a_crash("after-the-seal").sealed()
-        journal.close()
-    assert sealed is not None
-    assert sealed.groups == (group,)
-    assert sealed.judge_figures == {"judge/calls": 1.0}
-
-
-def test_a_verdict_that_survives_a_crash_has_its_price_in_the_audit(tmp_path: Path) -> None:
-    root = tmp_path / "disk"
-    (root / "run").mkdir(parents=True)
-    disk, budget = CrashDisk(root), MoneyBudget(BudgetConfig(per_run=1.0), judge="j")
-    verdict = Verdict(scores=(0.5,), raws=("half",), endpoint="here", usage=None, cost=0.25)
-    with watched(root.resolve(), disk.around):
-        audit = AuditLog(root / "run" / "judge_audit.jsonl", take_booking=budget.take_booking)
-        journal = Journal(root / "run" / "journal", rank=0, audit_path=audit.path)
-        journal.open_chapter("step-1")
-        for number in range(3):
-            budget.reserve(0.5).settle(0.25)
-            audit.append_booking()
-            asyncio.run(journal.put(f"question {number}", verdict))
-            left = tmp_path / f"left-{number}"
-            disk.leave(left, names="synced", contents="synced")
-            kept = Journal(left / "run" / "journal", rank=0)
-            assert kept.open_chapter("step-1") == []
-            assert len(kept.bought_before()) == number + 1
-            assert spent_according_to(read_audit(left / "run" / audit.path.name), judge="j") == 0.25 * (number + 1)
-        journal.close()
-    audit.close()
 
 
 def test_the_shim_would_notice_a_save_that_does_not_sync(run_dir: Path, updater: Updater, tmp_path: Path) -> None:
