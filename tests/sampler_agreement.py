@@ -36,7 +36,12 @@ class Agreement:
 
 
 def check_agreement(
-    policy: Policy, groups: Sequence[RolloutGroup], params: SamplingParams, *, replayed: SamplingParams | None = None
+    policy: Policy,
+    groups: Sequence[RolloutGroup],
+    params: SamplingParams,
+    *,
+    replayed: SamplingParams | None = None,
+    max_excused_frac: float = MAX_EXCUSED_FRAC,
 ) -> Agreement:
     """Raises AssertionError where a token is neither given the sampler's log-probability nor excused, and where too
     many are excused.
@@ -44,6 +49,7 @@ def check_agreement(
     Args:
         params: the law that the trainer is told.
         replayed: the part of it that its replay is told; all of it where None.
+        max_excused_frac: 1 for a caller that counts them over several laws.
     """
     sampler, trainer, num_forced = compared(policy, groups, params, replayed=replayed)
     gaps = (trainer - sampler).abs()  # [N]
@@ -55,7 +61,7 @@ def check_agreement(
         unexplained = gaps[differs & ~(gaps <= explained)]
         assert not len(unexplained), f"{len(unexplained)} tokens differ, by up to {float(unexplained.max()):.2g} nats"
     num_excused = int(differs.sum()) + num_forced
-    assert num_excused <= MAX_EXCUSED_FRAC * len(gaps), f"{num_excused} of {len(gaps)} tokens are excused"
+    assert num_excused <= max_excused_frac * len(gaps), f"{num_excused} of {len(gaps)} tokens are excused"
     return Agreement(num_tokens=len(gaps), num_excused=num_excused, worst_gap=float(gaps[~differs].max()))
 
 
