@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cost_growth
 import pytest
 from growth.fits import Fit, distance_from_line, exponent_of, misses
 from growth.points import Expected
@@ -34,3 +40,17 @@ def test_a_power_outside_of_what_is_expected_is_a_miss_and_so_is_a_bend() -> Non
     assert "power 2.00" in misses([fit((1.0, 4.0, 16.0), least=0.9, most=1.1)])[0]
     assert misses([fit((71.0, 72.0, 74.0), least=0, most=1, straight=0.05)]) == []
     assert "off a straight line" in misses([fit((1.0, 4.0, 16.0), least=0, most=2, straight=0.05)])[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_script_measures_a_small_point_and_goes_on_from_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "growth.json"
+    command = [sys.executable, str(Path(cost_growth.__file__)), "--quick", "--json", str(path)]
+    subprocess.run(command, check=True)
+    found = json.loads(path.read_text())
+    (point,) = found["points"].values()
+    assert min(point["update_s"], point["sampling_s"]) > 0
+    assert list(found["heads"]) == ["512", "1024"]
+    subprocess.run(command, check=True, timeout=60)  # nothing is left to measure
+    assert json.loads(path.read_text())["points"] == found["points"]
