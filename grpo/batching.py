@@ -271,27 +271,37 @@ class _Part:
     """Rows that go through the model together, and what that takes."""
 
     rows: tuple[_Row, ...]
+    num_tokens: int
     num_prompts: int
     prompt_width: int
     completion_width: int
 
+    @classmethod
+    def of(cls, row: _Row) -> _Part:
+        """A row alone."""
+        prompt, completion = len(row.prompt_ids), len(row.completion_ids)
+        tokens = prompt + completion
+        return cls(rows=(row,), num_tokens=tokens, num_prompts=1, prompt_width=prompt, completion_width=completion)
+
     @property
     def padded_tokens(self) -> int:
-        """Tokens that are computed, padding included: each prompt once, each completion."""
+        """What the budget counts: each prompt once, each completion, padding included."""
         return self.num_prompts * self.prompt_width + len(self.rows) * self.completion_width
 
     @property
     def cost(self) -> int:
-        """Time that it takes, in pairs of query and key: its tokens, and what they attend to, padding included."""
+        """Time that it takes, in pairs of query and key: its tokens, each prompt's once, and what they attend to. Only
+        the attention computes padding."""
         pairs = self.num_prompts * self.prompt_width**2
         pairs += len(self.rows) * self.completion_width * (self.prompt_width + self.completion_width)
-        return PAIRS_PER_TOKEN * self.padded_tokens + pairs
+        return PAIRS_PER_TOKEN * self.num_tokens + pairs
 
     def joined(self, other: _Part) -> _Part:
         """Both together. Only the last rows of the one and the first of the other may have a prompt in common."""
         is_one_prompt = self.rows[-1].group == other.rows[0].group
         return _Part(
             rows=self.rows + other.rows,
+            num_tokens=self.num_tokens + other.num_tokens - is_one_prompt * len(other.rows[0].prompt_ids),
             num_prompts=self.num_prompts + other.num_prompts - is_one_prompt,
             prompt_width=max(self.prompt_width, other.prompt_width),
             completion_width=max(self.completion_width, other.completion_width),
@@ -302,12 +312,7 @@ def _cut(rows: Sequence[_Row], budget: int) -> list[list[_Row]]:
     """Rows of each micro-batch: a function of the rows alone. A group is cut only where the budget cannot hold it, for
     its prompt is computed once in every part."""
     groups = [
-        [
-            _Part(
-                rows=(row,), num_prompts=1, prompt_width=len(row.prompt_ids), completion_width=len(row.completion_ids)
-            )
-            for row in sorted(own, key=lambda row: -len(row.completion_ids))
-        ]
+        [_Part.of(row) for row in sorted(own, key=lambda row: -len(row.completion_ids))]
         for _, own in groupby(sorted(rows, key=lambda row: row.group), key=lambda row: row.group)
     ]
     # groups of like length side by side: padding is computed too
