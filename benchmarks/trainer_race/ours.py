@@ -39,7 +39,6 @@ def train(case: Case, prompts: Sequence[str], pace: Pace) -> None:
                     "group_size": case.group_size,
                     "temperature": 1.0,
                     "max_new_tokens": case.new_tokens,
-                    "min_new_tokens": case.new_tokens - 1,
                 },
                 "update": {
                     "loss": {"type": "dapo"},

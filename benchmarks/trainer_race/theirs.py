@@ -90,7 +90,6 @@ def train(case: Case, prompts: Sequence[str], pace: Pace, *, checkpoints: bool =
         gradient_accumulation_steps=case.prompts,
         num_generations=case.group_size,
         max_completion_length=case.new_tokens,
-        generation_kwargs={"min_new_tokens": case.new_tokens - 1},
         temperature=1.0,
         beta=BETA,
         loss_type="dapo",
