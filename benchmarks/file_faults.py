@@ -1,6 +1,6 @@
 """A disk refuses one file operation of a run: does the run stop, what does it say, which checkpoint is left?
 
-    python benchmarks/file_faults.py --json benchmarks/results/file_faults.json
+    cd benchmarks; python file_faults.py --json results/file_faults.json --table results/file_faults.md
 
 A run of a tiny model, two objectives, one of them judged, 2 steps, a checkpoint each, of which one is kept. Every kind
 of file operation that it does below its folder, at every kind of file, is failed once, in the middle of the run: with
@@ -38,6 +38,7 @@ def main() -> int:
     """Run, print the table, write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write every failure and what came of it")
+    parser.add_argument("--table", type=Path, help="write the table there too")
     parser.add_argument("--quick", action="store_true", help="every eighth kind of operation")
     parser.add_argument(
         "--limit-s",
@@ -91,6 +92,9 @@ def main() -> int:
     problems += [f"{one.place}, {one.fault}: {one.crash}" for one in trials if one.crash]
     problems += [f"{one.place}, {one.fault}: no checkpoint is whole" for one in trials if one.left == "none"]
     print(table(trials))
+    if options.table:
+        told = f"Made by `{' '.join(['python', *sys.argv])}`: {len(trials)} failures, {left_to_do} left to do."
+        options.table.write_text(f"{told}\n\n{table(trials)}\n")
     print("\n".join(problems) or "every run that stopped names its folder, and was resumed bit for bit")
     if options.json:
         result: dict[str, Any] = {
