@@ -58,7 +58,12 @@ class Stages:
     def prepare(self) -> None:
         """A step's prompts and its batch, and the updater."""
         config, rollout = self._config, self._config.rollout
-        self._params = SamplingParams(end_token_ids=(2,), max_new_tokens=rollout.max_new_tokens)
+        self._params = SamplingParams(
+            end_token_ids=(2,),
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+        )
         self._updater = Updater(
             self.policy,
             {name: FixedBeta(value=0.02) for name in config.objectives},
