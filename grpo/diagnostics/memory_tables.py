@@ -84,8 +84,7 @@ def _bar(size: int, *, room: int, scale: int, width: int) -> Text:
 
 
 def _packing_text(packing: str) -> str:
-    rows, _, count = packing.partition(" x ")
-    return f"{rows} completion{'' if rows == '1' else 's'} each, {count} of them a step"
+    return f"{packing} completions a step"
 
 
 def _largest_text(plan: MemoryPlan) -> str:

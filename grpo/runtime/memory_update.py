@@ -106,7 +106,10 @@ class UpdateTerms:
             scores = self.scores() + shape.heads * prompt_tokens * rows.prompt_tokens
             return scores * self._share_width + (queries + keys) * width
         states = 2 * self.tokens * shape.query_size  # queries, and what the kernel gives
-        states += 2 * (self.tokens + rows.rows * rows.prompt_tokens + self.own_tokens) * shape.kv_size
+        # a card's kernels that take a mask want a key for every query's head
+        written_out = shape.kv_size if self.terms.is_cpu else shape.query_size
+        states += 2 * self.tokens * shape.kv_size
+        states += 2 * (rows.rows * rows.prompt_tokens + self.own_tokens) * written_out
         mask = self.scores() // shape.heads  # as numbers
         return (states + mask) * width + self.tokens * shape.heads * FULL  # the sum of each query's exponentials
 

@@ -98,10 +98,12 @@ def _fused(row: PackedRow, query: Tensor, key: Tensor, value: Tensor, scaling: f
     if softcap is not None:
         return _plain(row, query, key, value, scaling, softcap)
     (prompt_query, own_query), *keys_and_values = map(row.padded, (query, key, value))
-    groups = len(row.prompt_mask)
+    groups, repeats = len(row.prompt_mask), query.shape[1] // key.shape[1]
 
     def attended(query: Tensor, keys_and_values: list[Tensor], mask: Tensor | None) -> Tensor:
         keys, values = (states.transpose(1, 2) for states in keys_and_values)  # [..., heads, L, D]
+        if mask is not None and query.is_cuda:  # the kernels there that take a mask want as many keys as queries
+            keys, values = (states.repeat_interleave(repeats, dim=1) for states in (keys, values))
         found = F.scaled_dot_product_attention(
             query.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
         )
