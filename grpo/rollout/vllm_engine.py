@@ -115,8 +115,9 @@ class VllmEngine:
         version = self._num_syncs = self._num_syncs + 1
         deadline = Deadline(self._config.sync_timeout_s)
         checksum = Checksum()
-        with deadline.phase("the engine to wake"):
-            self._wake()
+        if self._is_asleep:
+            with deadline.phase("the engine to wake"):
+                self._wake()
         with deadline.phase("the engine to take the weights"):
             if self._sync == "adapter":
                 report = self._send_adapter(policy, version, checksum)
