@@ -328,13 +328,13 @@ def short_of_memory_here(model_dir: str, failing: int | None) -> tuple[UpdateSta
     """This rank's share of a step; on one rank, nothing is left for the way back of more than one row."""
     policy = make_policy(Path(model_dir))
 
-    def after(module: torch.nn.Module, arguments: object, output: Any) -> None:
+    def after(module: torch.nn.Module, arguments: object, named: dict[str, Any], output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
-        if states.requires_grad and len(states) > 1:
+        if states.requires_grad and len(named["packed_row"].predicting) > 1:
             states.register_hook(lambda gradient: torch.empty(2**56, dtype=torch.uint8) and None)
 
     if failing == int(os.environ["RANK"]):
-        policy.causal_lm.get_decoder().layers[0].register_forward_hook(after)
+        policy.causal_lm.get_decoder().layers[0].register_forward_hook(after, with_kwargs=True)
     updater = make_updater(policy, objectives=("a", "b"), max_grad_norm=1e6)
     groups = groups_of("uneven")
     stats = updater.step(make_batch(groups, own=Ranks(use_cpu=True).own(range(len(groups)))))

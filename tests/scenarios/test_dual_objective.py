@@ -173,7 +173,7 @@ def test_a_overwritten_gradients_end_in_one_token_of_the_objective_that_likes_lo
 ) -> None:
     """Groups go through the model by length, the longest first: what is left is the short prompts' objective. Without
     a KL penalty, which would pull it back from one token."""
-    changes = ["steps=26", "optim.learning_rate=1.0e-2"]
+    changes = ["steps=26", "optim.learning_rate=1.0e-2", "seed=1"]
     changes += [f"objectives.{name}.beta.value=0.0" for name in PROMPTS]
     alarms, rows = train_with(Overwriting, recipe(project, *changes, "output_dir=overwriting"))
     assert any(text.startswith("one-token completions of fairness") for text in alarms)
@@ -361,7 +361,7 @@ def test_d_the_three_changes_save_what_the_plan_says_by_torchs_own_count(tmp_pat
 def test_d_the_same_share_is_saved_of_a_processs_own_memory(reader: PageReader) -> None:
     assert reader.follow("Measured") == 1
     saved, planned = (int(share) for share in re.findall(r"(\d+)% less", reader.printed[-1]))
-    assert saved == pytest.approx(60, abs=5)
+    assert saved == pytest.approx(62, abs=5)
     assert planned == pytest.approx(saved, abs=5)
 
 
