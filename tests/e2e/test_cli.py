@@ -296,6 +296,7 @@ def test_a_run_works_in_a_notebook_where_an_event_loop_is_already_running(
 # --- resuming
 
 
+@pytest.mark.long
 def test_a_run_resumes_where_it_lies_and_adds_the_steps_it_is_asked_for(own_run: Path, first_run: Path) -> None:
     old = [lines_of(own_run / name) for name in ("metrics.jsonl", "completions.jsonl")]
     done = grpo("train", str(own_run), "steps=3", "--resume")
@@ -393,7 +394,7 @@ def test_a_second_process_is_refused_and_a_second_ctrl_c_ends_the_first_at_once(
     assert not (run_dir / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_exits_130_and_resume_goes_on(
     number: signal.Signals, tiny_model_dir: Path, tmp_path: Path, grpo_here: InProcess
 ) -> None:

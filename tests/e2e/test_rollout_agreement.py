@@ -161,7 +161,7 @@ LONG_TEXT = "Here is what the harbour master wrote in the book that winter. " * 
 @pytest.mark.parametrize(
     ("num_texts", "k"),
     [
-        pytest.param(4, 8, id="4 prompts x 8"),
+        pytest.param(4, 8, id="4 prompts x 8", marks=pytest.mark.long),
         pytest.param(32, 1, id="32 prompts", marks=pytest.mark.slow),
     ],
 )

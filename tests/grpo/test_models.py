@@ -178,6 +178,7 @@ def test_a_hub_name_that_cannot_be_reached_says_what_to_do(tmp_path: Path, name:
         assert str((tmp_path / name).resolve()) in str(caught.value)
 
 
+@pytest.mark.long
 def test_a_downloaded_hub_model_loads_offline_and_without_weights_is_refused(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
