@@ -14,7 +14,7 @@ from grpo.runtime.memory_hardware import GIB
 from grpo.runtime.memory_search import Change, Limit
 from grpo.runtime.memory_terms import MIB
 
-_BAR_WIDTH, _WITHIN, _BEYOND = 40, "█", "▒"
+_BAR_WIDTH, _WITHIN, _FREE, _BEYOND = 40, "█", "░", "▒"
 _CELLS_WIDTH = 58
 """Of the other columns of the table of phases, and what is between them."""
 
@@ -24,8 +24,12 @@ def amount(num_bytes: float) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"
 
 
-def show_memory_plan(plan: MemoryPlan, *, console: Console | None = None) -> None:
-    """Phases with a bar each, whether they fit, how far keys can go, and what to change."""
+def show_memory_plan(plan: MemoryPlan, *, prompts: str = "", console: Console | None = None) -> None:
+    """Phases with a bar each, whether they fit, how far keys can go, and what to change.
+
+    Args:
+        prompts: where the plan's length of prompts comes from; empty where it was given.
+    """
     console = console or Console()
     room, needed = plan.hardware.device_bytes, plan.peak_bytes + plan.reserve_bytes
     console.print(
@@ -33,18 +37,17 @@ def show_memory_plan(plan: MemoryPlan, *, console: Console | None = None) -> Non
         f"{plan.hardware.name} ({amount(room)})"
     )
     console.print(
-        f"prompts of at most {plan.prompt_tokens} tokens (--prompt-tokens), completions of full length; micro-batches "
-        f"of at most {plan.micro_batch_tokens} tokens: {_packing_text(plan.packing)}"
+        f"prompts of at most {plan.prompt_tokens} tokens ({prompts + '; ' if prompts else ''}--prompt-tokens), "
+        f"completions of full length, {plan.completion_tokens}; micro-batches of at most {plan.micro_batch_tokens} "
+        f"tokens: {_packing_text(plan.packing)}"
     )
     console.print(_phase_table(plan, width=max(min(console.width - _CELLS_WIDTH, _BAR_WIDTH), 10)))
     console.print(_largest_text(plan))
     if not plan.hardware.is_cpu:
-        console.print(
-            f"host memory: at most {amount(plan.host_peak_bytes)}, in the phases above and the process itself"
-        )
+        console.print(_host_text(plan))
     verdict = Text("it fits", style="green") if plan.fits else Text("it does not fit", style="bold red")
     console.print(verdict + Text(f": {amount(needed)} of {amount(room)}"))
-    console.print("how far each key can go, the others as they are:")
+    console.print("how far each key can go, the others as they are but for smaller micro-batches:")
     for limit in plan.limits:
         console.print(f"  {_limit_text(limit)}", highlight=False)
     if plan.changes:
@@ -66,7 +69,7 @@ def _phase_table(plan: MemoryPlan, *, width: int) -> Table:
     if not plan.hardware.is_cpu:
         table.add_column("host", justify="right")
     scale = max(room, plan.peak_bytes + plan.reserve_bytes)
-    table.add_column(f"{_WITHIN} within, {_BEYOND} beyond", no_wrap=True)
+    table.add_column(f"{_WITHIN} taken {_FREE} free {_BEYOND} beyond", no_wrap=True)
     for phase in plan.phases:
         cells = [phase.name, amount(sum(phase.held.values())), amount(phase.transient_bytes), amount(phase.peak_bytes)]
         if not plan.hardware.is_cpu:
@@ -76,11 +79,13 @@ def _phase_table(plan: MemoryPlan, *, width: int) -> Table:
 
 
 def _bar(size: int, *, room: int, scale: int, width: int) -> Text:
-    """What is within the room and what is beyond it."""
-    cells = round(width * size / scale)
-    within = min(cells, int(width * room / scale)) if size > room else cells
-    bar = Text(_WITHIN * within, style="green" if size <= room else "red")
-    return bar + Text(_BEYOND * max(cells - within, 1), style="bold red") if size > room else bar
+    """What is taken of the room, what is left of it, and what is beyond it."""
+    cells, of_room = round(width * size / scale), int(width * room / scale)
+    if size > room:
+        within = min(cells, of_room)
+        return Text(_WITHIN * within, style="red") + Text(_BEYOND * max(cells - within, 1), style="bold red")
+    within = min(max(cells, 1), of_room)
+    return Text(_WITHIN * within, style="green") + Text(_FREE * (of_room - within), style="dim")
 
 
 def _packing_text(packing: str) -> str:
@@ -97,6 +102,15 @@ def _largest_text(plan: MemoryPlan) -> str:
     )
 
 
+def _host_text(plan: MemoryPlan) -> str:
+    """A load that peaks in the host's memory gets a job killed before its first step."""
+    largest = max(plan.phases, key=lambda phase: phase.host_bytes)
+    return (
+        f"host memory: {amount(plan.host_peak_bytes)} at its peak ({largest.name}), Python and its libraries included; "
+        "in a job with less, the kernel ends the run with signal 9"
+    )
+
+
 def _reserve(plan: MemoryPlan) -> str:
     return "Python and its libraries" if plan.hardware.is_cpu else "CUDA's context"
 
@@ -105,11 +119,14 @@ def _limit_text(limit: Limit) -> str:
     key = f"{limit.key} = {limit.now}"
     if limit.largest is None:
         return f"{key}: nothing fits, whatever it is"
-    if limit.is_bounded:
-        is_budget = limit.key == "update.micro_batch_tokens"
-        found = "a whole step at once fits" if is_budget else f"{limit.largest} and perhaps more fit"
-    else:
-        found = f"up to {limit.largest} fits"
+    found = {
+        None: f"up to {limit.largest} fits",
+        "the step": "a whole step at once fits",
+        "the search": f"{limit.largest} fits, and nothing larger was tried",
+        "the context": f"up to {limit.largest} fits, all that the model's context leaves beside the prompt",
+    }[limit.bounded_by]
+    if limit.packing:
+        found += f": {_packing_text(limit.packing)}"
     if limit.micro_batch_tokens is not None:
         found += f", with update.micro_batch_tokens={limit.micro_batch_tokens}"
     return f"{key}: {found}"

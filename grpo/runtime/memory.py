@@ -51,7 +51,9 @@ class MemoryPlan:
     shape: ModelShape
     dtype: str
     prompt_tokens: int
-    """Assumed of the longest prompt."""
+    """Of the longest prompt, as it was given."""
+    completion_tokens: int
+    """Of every completion: rollout.max_new_tokens."""
     phases: tuple[Phase, ...]
     reserve_bytes: int
     """What the run does not count: CUDA's context, or the process without a model."""
@@ -102,7 +104,7 @@ def plan(
         return Need(peak_bytes=needed.peak_bytes, fits=needed.fits)
 
     found = _phases_of(config, hardware, prompt_tokens, shape)
-    limits = tuple(limits_of(config, need_of, prompt_tokens=prompt_tokens))
+    limits = tuple(limits_of(config, need_of, prompt_tokens=prompt_tokens, context_tokens=shape.context))
     changes: tuple[Change, ...] = ()
     if not found.fits:
         candidates = candidate_changes(
@@ -134,6 +136,7 @@ def _phases_of(config: RunConfig, hardware: Hardware, prompt_tokens: int, shape:
         shape=shape,
         dtype=dtype,
         prompt_tokens=prompt_tokens,
+        completion_tokens=terms.rows.completion_tokens,
         phases=_phases(terms, hardware),
         reserve_bytes=PROCESS_BYTES if hardware.is_cpu else CONTEXT_BYTES,
         micro_batch_tokens=terms.rows.padded_tokens,

@@ -47,20 +47,23 @@ CARDS = {
 
 
 def hardware_named(name: str) -> Hardware:
-    """A card of `CARDS`, or cpu:GIB, a host with so much memory. Raises ConfigError for another name."""
+    """A card of `CARDS`, cuda:GIB, another with so much memory, or cpu:GIB, a host. Raises ConfigError."""
     wanted = name.lower().replace(" ", "").replace("_", "-")
     if wanted in CARDS:
         return CARDS[wanted]
-    if found := re.fullmatch(r"cpu:(\d+(?:\.\d+)?)(?:gi?b?)?", wanted):
+    if found := re.fullmatch(r"(cpu|cuda):(\d+(?:\.\d+)?)(?:gi?b?)?", wanted):
+        if found[1] == "cuda":
+            return _card(wanted, float(found[2]))
         return Hardware(
             name=wanted,
-            device_bytes=int(float(found[1]) * GIB),
+            device_bytes=int(float(found[2]) * GIB),
             is_cpu=True,
             has_bfloat16=_cpu_bfloat16(),
             threads=num_threads(),
         )
     raise ConfigError(
-        f"hardware {name!r} is not known; expected cpu:GIB, such as cpu:24, or one of {', '.join(CARDS)}."
+        f"hardware {name!r} is not known; expected cpu:GIB, a host with so much memory, such as cpu:24, cuda:GIB, a "
+        f"card with so much, or one of {', '.join(CARDS)}."
     )
 
 

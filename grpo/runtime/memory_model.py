@@ -74,6 +74,8 @@ class ModelShape:
     """Of a number in the weights' files."""
     linears: tuple[Linear, ...]
     """Of one block."""
+    context: int | None = None
+    """Tokens that it reads, prompt and completion together; None where its config names no end."""
 
     @property
     def query_size(self) -> int:
@@ -180,6 +182,7 @@ def _packaged_config(import_name: str) -> dict[str, Any]:
         "num_attention_heads": _field(reader, f"{kind}.attention.head_count"),
         "num_key_value_heads": _field(reader, f"{kind}.attention.head_count_kv"),
         "vocab_size": int(embedding.shape[1]),
+        "max_position_embeddings": _field(reader, f"{kind}.context_length"),
         "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in reader.tensors),
         "dtype": "float32",  # as it is converted
     }
@@ -252,6 +255,7 @@ def _llama_like(kind: str, values: Mapping[str, Any]) -> ModelShape:
             *feed,
             _linear("mlp.down_proj", inner, hidden, "product", mlp_bias),
         ),
+        context=int(values.get("max_position_embeddings") or 0) or None,
     )
 
 
@@ -268,7 +272,7 @@ def _has_plain_cache(kind: str, values: Mapping[str, Any]) -> bool:
 
 def _gpt2(values: Mapping[str, Any]) -> ModelShape:
     hidden, heads = int(values["n_embd"]), int(values["n_head"])
-    inner = int(values.get("n_inner") or 4 * hidden)
+    inner, positions = int(values.get("n_inner") or 4 * hidden), int(values.get("n_positions", 1024))
     return ModelShape(
         model_type="gpt2",
         layers=int(values["n_layer"]),
@@ -278,7 +282,7 @@ def _gpt2(values: Mapping[str, Any]) -> ModelShape:
         kv_heads=heads,
         head_size=hidden // heads,
         vocabulary=int(values["vocab_size"]),
-        positions=int(values.get("n_positions", 1024)),
+        positions=positions,
         is_tied=bool(values.get("tie_word_embeddings", True)),
         is_gated=False,
         activation=str(values.get("activation_function", "gelu_new")),
@@ -293,6 +297,7 @@ def _gpt2(values: Mapping[str, Any]) -> ModelShape:
             _linear("mlp.c_fc", hidden, inner, "feed", True),
             _linear("mlp.c_proj", inner, hidden, "product", True),
         ),
+        context=positions,
     )
 
 

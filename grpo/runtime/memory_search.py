@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from grpo.config import RunConfig
 from grpo.runtime.memory_changes import Candidate, changed
@@ -40,10 +40,13 @@ class Limit:
     now: int
     largest: int | None
     """None: not even the smallest fits."""
-    is_bounded: bool
-    """It was not searched beyond this: memory is not what bounds it."""
+    bounded_by: Literal["the step", "the search", "the context"] | None = None
+    """What ends it in memory's place: there is no more of it in a step, it was not searched beyond this, or the model
+    reads no more tokens."""
     micro_batch_tokens: int | None = None
     """The budget that the largest value needs, where that is less than the recipe's: the same effective batch."""
+    packing: str = ""
+    """Of the micro-batches alone, where they have to be smaller than the recipe's: how a step is cut then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +74,18 @@ def packing_of(config: RunConfig, prompt_tokens: int) -> str:
     return f"{rows} x {count}" if is_even else f"at most {rows} x {count}"
 
 
-def limits_of(config: RunConfig, need_of: NeedOf, *, prompt_tokens: int) -> Iterator[Limit]:
-    """Of the micro-batches, then of K, length and prompts in micro-batches as small as need be."""
-    update, rollout = config.update, config.rollout
-    whole = config.prompts.per_step * (prompt_tokens + rollout.group_size * rollout.max_new_tokens)
-    largest = largest_budget(config, need_of, most=whole)
-    yield Limit(
-        key="update.micro_batch_tokens", now=update.micro_batch_tokens, largest=largest, is_bounded=largest == whole
-    )
+def limits_of(config: RunConfig, need_of: NeedOf, *, prompt_tokens: int, context_tokens: int | None) -> Iterator[Limit]:
+    """Of the micro-batches, then of K, length and prompts in micro-batches as small as need be.
+
+    Args:
+        context_tokens: that the model reads, prompt and completion together; None where it has no end.
+    """
+    rollout = config.rollout
+    yield _limit_of_micro_batches(config, need_of, prompt_tokens)
+    most_of = dict(LARGEST)
+    if context_tokens is not None:
+        room = max(context_tokens - prompt_tokens, 1)
+        most_of["rollout.max_new_tokens"] = min(room, most_of["rollout.max_new_tokens"])
     for key, now in (
         ("rollout.group_size", rollout.group_size),
         ("rollout.max_new_tokens", rollout.max_new_tokens),
@@ -92,19 +99,50 @@ def limits_of(config: RunConfig, need_of: NeedOf, *, prompt_tokens: int) -> Iter
             return need_of(with_value(value, update__micro_batch_tokens=1)).fits
 
         if key == "rollout.group_size":  # rows decoded side by side are whole groups: memory does not only grow with K
-            largest = next((value for value in range(LARGEST[key], 1, -1) if fits_somehow(value)), None)
+            largest = next((value for value in range(most_of[key], 1, -1) if fits_somehow(value)), None)
         else:
-            largest = _largest(fits_somehow, 1, LARGEST[key])
-        budget = None
+            largest = _largest(fits_somehow, 1, most_of[key])
+        budget, bounded_by = None, None
         if largest is not None and not need_of(with_value(largest)).fits:
-            budget = largest_budget(with_value(largest), need_of, most=update.micro_batch_tokens)
-        is_bounded = largest == LARGEST[key]
-        yield Limit(key=key, now=now, largest=largest, is_bounded=is_bounded, micro_batch_tokens=budget)
+            budget = largest_budget(
+                with_value(largest), need_of, most=config.update.micro_batch_tokens, prompt_tokens=prompt_tokens
+            )
+        if largest == most_of[key]:
+            bounded_by = "the search" if largest == LARGEST[key] else "the context"
+        yield Limit(key=key, now=now, largest=largest, bounded_by=bounded_by, micro_batch_tokens=budget)
 
 
-def largest_budget(config: RunConfig, need_of: NeedOf, *, most: int) -> int | None:
-    """The largest update.micro_batch_tokens that fits, of at most `most`."""
-    return _largest(lambda value: need_of(changed(config, update__micro_batch_tokens=value)).fits, 1, most)
+def _limit_of_micro_batches(config: RunConfig, need_of: NeedOf, prompt_tokens: int) -> Limit:
+    """Of a budget that fits, how far it can be raised; else the tokens of the largest micro-batches that fit."""
+    key, now = "update.micro_batch_tokens", config.update.micro_batch_tokens
+    whole = config.prompts.per_step * (prompt_tokens + config.rollout.group_size * config.rollout.max_new_tokens)
+    largest = largest_budget(config, need_of, most=whole, prompt_tokens=prompt_tokens)
+    if largest is None:
+        return Limit(key=key, now=now, largest=None)
+    if need_of(config).fits:  # a step may be cut into less than the budget allows
+        return Limit(key=key, now=now, largest=max(largest, now), bounded_by="the step" if largest == whole else None)
+    packing = packing_of(changed(config, update__micro_batch_tokens=largest), prompt_tokens)
+    return Limit(key=key, now=now, largest=largest, packing=packing)
+
+
+def largest_budget(config: RunConfig, need_of: NeedOf, *, most: int, prompt_tokens: int) -> int | None:
+    """The tokens of the largest micro-batches that fit, as a budget of at most `most` cuts them.
+
+    Budgets between two ways to cut a step come to the same micro-batches: with a step of 33,024 tokens, 33,023 are two
+    of 16,512, and it is these that fit. All ways are tried: a larger micro-batch, in another kernel, may take less.
+    """
+    k, length, groups = config.rollout.group_size, config.rollout.max_new_tokens, config.prompts.per_step
+    budgets = [prompt_tokens + rows * length for rows in range(1, k)]
+    budgets += [together * (prompt_tokens + k * length) for together in range(1, groups + 1)]
+    within = [budget for budget in budgets if budget <= most] or budgets[:1]  # less than a completion is one
+
+    def fits(budget: int) -> bool:
+        return need_of(changed(config, update__micro_batch_tokens=budget)).fits
+
+    found = next((budget for budget in reversed(within) if fits(budget)), None)
+    if found is None:
+        return None
+    return largest_micro_batch(changed(config, update__micro_batch_tokens=found), prompt_tokens).padded_tokens
 
 
 def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:

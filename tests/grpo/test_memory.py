@@ -281,14 +281,56 @@ def test_training_all_weights_holds_them_four_times_and_a_reference() -> None:
     assert sum(update.held.values()) == (5 * 4 + 2) * found.shape.parameters
 
 
-def test_limits_fit_and_one_more_does_not() -> None:
+def test_the_micro_batches_that_fit_are_the_largest_that_any_budget_cuts() -> None:
+    """Budgets are tried one after another. The recipe's does not fit; what is told is what micro-batches have."""
     config, card = recipe(dtype="bfloat16"), hardware_named("a100-40g")
     shape = shape_of(LLAMA_7B, source="7B")
-    limits = {limit.key: limit for limit in plan(config, card, shape=shape).limits}
-    (key, limit) = ("update.micro_batch_tokens", limits["update.micro_batch_tokens"])
-    assert limit.largest is not None, key
-    assert plan(changed(config, update__micro_batch_tokens=limit.largest), card, shape=shape).fits
-    assert not plan(changed(config, update__micro_batch_tokens=limit.largest + 1), card, shape=shape).fits
+    limit = next(limit for limit in plan(config, card, shape=shape).limits)
+    fitting = [
+        found.micro_batch_tokens
+        for tokens in range(512 + 256, 8192, 200)
+        if (found := plan(changed(config, update__micro_batch_tokens=tokens), card, shape=shape)).fits
+    ]
+    assert (limit.key, limit.largest) == ("update.micro_batch_tokens", max(fitting))
+    then = plan(changed(config, update__micro_batch_tokens=limit.largest), card, shape=shape)
+    assert (then.fits, then.micro_batch_tokens, then.packing) == (True, limit.largest, limit.packing)
+
+
+def test_where_half_a_step_fits_a_budget_of_one_token_less_than_the_step_is_not_called_fitting() -> None:
+    """4 prompts of 64 tokens with 64 completions of 128: 33,024 tokens at once, 16,512 in two; 33,023 are two too."""
+    config = recipe(
+        dtype="bfloat16",
+        prompts={"type": "tasks", "names": ["fairness"], "per_step": 4},
+        rollout={"group_size": 64, "max_new_tokens": 128},
+        update={"micro_batch_tokens": 33_024},
+    )
+    shape = shape_of(LLAMA_7B, source="7B")
+    sizes = [
+        plan(changed(config, update__micro_batch_tokens=tokens), hardware_named("cuda:1000"), prompt_tokens=64,
+             shape=shape).peak_bytes
+        for tokens in (33_024, 33_023)
+    ]  # fmt: skip
+    card = Hardware(name="x", device_bytes=sum(sizes) // 2, is_cpu=False, has_bfloat16=True)
+    limit = plan(config, card, prompt_tokens=64, shape=shape).limits[0]
+    assert (limit.now, limit.largest, limit.packing) == (33_024, 16_512, "128 x 2")
+
+
+def test_a_budget_that_fits_is_told_how_far_it_can_be_raised() -> None:
+    config, shape = recipe(dtype="bfloat16"), shape_of(LLAMA_7B, source="7B")
+    limit = plan(config, hardware_named("cuda:1000"), shape=shape).limits[0]
+    assert (limit.largest, limit.bounded_by) == (8 * (512 + 8 * 256), "the step")
+    config = changed(config, update__micro_batch_tokens=4_000)  # cut in micro-batches of 3,072
+    for gib in range(40, 100, 10):
+        found = plan(config, hardware_named(f"cuda:{gib}"), shape=shape)
+        largest = found.limits[0].largest
+        assert found.fits == (largest is not None and largest >= 4_000), gib
+
+
+def test_completions_are_no_longer_than_the_models_context_leaves() -> None:
+    shape = shape_of({**LLAMA_7B, "max_position_embeddings": 4096}, source="7B")
+    limits = plan(recipe(dtype="bfloat16"), hardware_named("cuda:1000"), prompt_tokens=500, shape=shape).limits
+    longest = next(limit for limit in limits if limit.key == "rollout.max_new_tokens")
+    assert (longest.largest, longest.bounded_by) == (4096 - 500, "the context")
 
 
 def test_a_length_that_needs_smaller_micro_batches_is_told_with_their_budget() -> None:
@@ -360,7 +402,9 @@ def test_hardware_is_a_card_or_a_host_with_so_much_memory() -> None:
     assert hardware_named("A100_40G").device_bytes == int(39.4 * GIB)
     assert hardware_named("rtx 4090").name == "rtx4090"
     assert hardware_named("cpu:24GiB").device_bytes == 24 * GIB
-    for name in ("a100", "cpu", "cpu:x"):
+    other = hardware_named("cuda:48")
+    assert (other.device_bytes, other.is_cpu, other.has_bfloat16) == (48 * GIB, False, True)
+    for name in ("a100", "cpu", "cpu:x", "cuda"):
         with pytest.raises(ConfigError, match=r"expected cpu:GIB.*a100-40g"):
             hardware_named(name)
 
