@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grpo.batching import MicroBatch, TrainBatch
+from grpo.durable_files import fsync_file, storage_errors, write_atomically
 from grpo.update.step import NonFiniteStep
 
 
@@ -18,16 +21,28 @@ def dump_batch(run_dir: Path, step: int, batch: TrainBatch, skipped: NonFiniteSt
 
     The tensors are called "<micro-batch>/<field of grpo.batching.MicroBatch>", those of a prompt's images
     "<micro-batch>/images/<place of the prompt>/<argument of the model>".
+
+    Raises:
+        StorageError: the disk refuses one; neither is half there under its name.
     """
     folder = run_dir / "non_finite"
-    folder.mkdir(parents=True, exist_ok=True)  # the run directory is the main rank's; this may be another machine
     path = folder / f"step-{step}-rank-{rank}.safetensors"
     tensors = {
         f"{place}/{name}": tensor.contiguous()
         for place, micro_batch in enumerate(batch.micro_batches)
         for name, tensor in [*micro_batch.tensors().items(), *_image_tensors(micro_batch)]
     }
-    save_file(tensors, path)
+    with storage_errors(path, needed_bytes=sum(tensor.nbytes for tensor in tensors.values())):
+        folder.mkdir(parents=True, exist_ok=True)  # the run directory is the main rank's; this may be another machine
+        temporary = path.with_name(f".{path.name}.new")
+        try:
+            save_file(tensors, temporary)
+            fsync_file(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
     told = {
         "step": step,
         "cause": skipped.cause,
@@ -35,7 +50,7 @@ def dump_batch(run_dir: Path, step: int, batch: TrainBatch, skipped: NonFiniteSt
         "objectives": batch.objectives,
         "weights": batch.weights.tolist(),
     }
-    path.with_suffix(".json").write_text(json.dumps(told, indent=1))
+    write_atomically(path.with_suffix(".json"), json.dumps(told, indent=1).encode())
     return path
 
 

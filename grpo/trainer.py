@@ -189,8 +189,10 @@ class Trainer:
                 with stopwatch("sync"):
                     parts.engine.load_weights(parts.policy)
         stopwatch.add("judge", collected.judge_seconds)
-        if stats.skipped is not None:
-            dump_batch(self._directory.path, step, batch, stats.skipped, rank=self._ranks.index)
+        if stats.skipped is not None:  # on one rank, and so on all
+            self._ranks.together(
+                partial(dump_batch, self._directory.path, step, batch, stats.skipped, rank=self._ranks.index)
+            )
         peak = max(self._ranks.gather([peak_memory_bytes(parts.policy.device)]))
         return report_step(
             step,

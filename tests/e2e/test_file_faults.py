@@ -12,9 +12,8 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 from builders import make_batch, make_group, make_policy, make_updater
 from kill_harness.file_faults import FAULTS, failing, operations_of
 from kill_harness.file_operations import CrashDisk, Kept, Operation, watched
+from real_disks import disk_of
 
 from grpo.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from grpo.errors import CheckpointError, ModelError, StorageError
@@ -171,19 +171,6 @@ def test_a_full_disk_is_told_with_the_path_and_the_bytes_that_were_needed(run_di
     assert str(run_dir / "checkpoints") in str(caught.value)
     assert "No space left on device" in str(caught.value)
     assert "Make room, then resume." in str(caught.value)
-
-
-@contextmanager
-def disk_of(size: str, at: Path) -> Iterator[Path]:
-    """A real file system of that size; the test is skipped where none may be mounted."""
-    at.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(at)], capture_output=True)
-    if done.returncode != 0:
-        pytest.skip(f"no file system may be mounted here: {done.stderr.decode().strip()}")
-    try:
-        yield at
-    finally:
-        subprocess.run(["umount", "--lazy", str(at)], check=True)
 
 
 def test_on_a_real_disk_of_256_kb_every_save_is_whole_or_leaves_the_one_before(
