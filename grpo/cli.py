@@ -172,15 +172,9 @@ def _told_when_stopped(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as exc:
-        from grpo.checkpoint import list_checkpoints
+        from grpo.keeping import what_is_there
 
-        found = [f"its last checkpoint is of step {checkpoint.step}" for checkpoint in list_checkpoints(run_dir)]
-        what_is_there = (
-            f"{run_dir}: {found[-1] if found else 'no checkpoint yet'}; go on with: grpo train {run_dir} --resume"
-            if (run_dir / "config.yaml").is_file()
-            else "no run directory was written"
-        )
-        print(f"stopped at once. {what_is_there}", file=sys.stderr)
+        print(f"stopped at once. {what_is_there(run_dir)}", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from exc
 
 
@@ -193,7 +187,7 @@ def main() -> None:
     """Entry point: errors raised on purpose become one message and an exit code; others keep their traceback."""
     # spinning OpenMP threads slow everything else on the machine; read when torch is imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from grpo.errors import GrpoError, InputError
+    from grpo.errors import GrpoError, InputError, RankLost
 
     try:
         app()
@@ -202,9 +196,15 @@ def main() -> None:
         if not _is_main():
             # it is raised on every rank, and the main one tells it; a launcher ends that one when another has ended, so
             # this one waits to be ended itself. If nobody does, the error is its own
-            time.sleep(OTHERS_GRACE_S)
+            if not isinstance(exc, RankLost):  # the main one may be the lost one
+                time.sleep(OTHERS_GRACE_S)
             error = f"error in process {os.environ['RANK']}"
         print("\n".join([f"{error}: {exc}", *getattr(exc, "__notes__", [])]), file=sys.stderr)
+        if isinstance(exc, RankLost):
+            # all is closed and told; taking broken connections down with the interpreter may abort it (SIGABRT)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_FAILED)
         sys.exit(EXIT_BAD_INPUT if isinstance(exc, InputError) else EXIT_FAILED)
     except KeyboardInterrupt:
         print("stopped at once", file=sys.stderr)  # before or after typer, which turns the others into exit code 130

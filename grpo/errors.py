@@ -12,7 +12,8 @@ GrpoError
     ├── TooFewVerdicts      too many completions went unscored
     ├── EngineError         the rollout engine does not do what it was told
     ├── TooAlarming         the run's own figures say that nothing good comes of it
-    └── StorageError        the run directory cannot be written or read
+    ├── StorageError        the run directory cannot be written or read
+    └── RankLost            another process of the run is gone
 """
 
 from __future__ import annotations
@@ -68,3 +69,7 @@ class EngineError(RunStopped):
 
 class StorageError(RunStopped):
     """The disk refuses what must be kept, such as when it is full. The message names the path and what was needed."""
+
+
+class RankLost(RunStopped):
+    """Another process of the run has died, or cannot be reached: this one cannot go on alone."""

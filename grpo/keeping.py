@@ -6,9 +6,11 @@ files that it makes superfluous are deleted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
+from pathlib import Path
 
 from grpo.checkpoint import (
     Checkpoint,
@@ -23,7 +25,7 @@ from grpo.checkpoint import (
     save_checkpoint,
 )
 from grpo.config import RunConfig
-from grpo.errors import CheckpointError, ConfigError, StorageError
+from grpo.errors import CheckpointError, ConfigError, RankLost, StorageError
 from grpo.journal import Journal
 from grpo.phases import Announce, silent
 from grpo.prompts import open_prompts
@@ -181,3 +183,25 @@ def _first_due(config: RunConfig) -> int:
 
 def _next_prompts(parts: RunParts, done: int) -> tuple[str, ...]:
     return tuple(prompt.id for prompt in parts.prompts.batch(done + 1))
+
+
+def what_is_there(run_dir: Path) -> str:
+    """What a run that ended before its time left, and the command that goes on with it."""
+    if not (run_dir / "config.yaml").is_file():
+        return "no run directory was written"
+    found = [f"its last checkpoint is of step {checkpoint.step}" for checkpoint in list_checkpoints(run_dir)]
+    return f"{run_dir}: {found[-1] if found else 'no checkpoint yet'}; go on with: grpo train {run_dir} --resume"
+
+
+@contextmanager
+def told_what_is_left(run_dir: Path) -> Iterator[None]:
+    """A run that has lost a process says where it is taken up again. Each process that is left does: the main one may
+    be the one that is gone."""
+    try:
+        yield
+    except RankLost as exc:
+        if (run_dir / "config.yaml").is_file():
+            exc.add_note(f"{what_is_there(run_dir)}. What was sampled and judged since is in the journal.")
+        else:
+            exc.add_note("No run directory was written here.")
+        raise

@@ -19,9 +19,9 @@ from grpo.batching import build_batch
 from grpo.checkpoint import Checkpoint, RunState
 from grpo.collection import collect, seal
 from grpo.config import RunConfig, WarmupConfig
-from grpo.errors import RunStopped, StorageError, TooAlarming
+from grpo.errors import RankLost, RunStopped, StorageError, TooAlarming
 from grpo.held_out import HeldOut
-from grpo.keeping import Keeper
+from grpo.keeping import Keeper, told_what_is_left
 from grpo.observer import Observer
 from grpo.phases import Announce, Phase, silent
 from grpo.preflight import open_run
@@ -113,6 +113,7 @@ class Trainer:
             )
         so_far = ranks.on_main(lambda: directory.check_resumable(config)) if resume else None
         with ExitStack() as at_end:
+            at_end.enter_context(told_what_is_left(directory.path))
             at_end.callback(directory.unlock)
             at_end.callback(setattr, self, "_parts", None)
             if so_far is not None:
@@ -287,6 +288,8 @@ class Trainer:
         except StorageError as exc:
             exc.add_note(f"Once there is room: grpo train {directory.path} --resume")
             raise
+        except RankLost:
+            raise  # what is saved is what all ranks agree on, and one is gone
         except RunStopped as exc:
             if not self._is_ahead:  # else the weights are not those of step `done`
                 self._saved(done, checkpoint)

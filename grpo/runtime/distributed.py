@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -17,17 +19,28 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, reduce
 
-from grpo.errors import ConfigError, RunStopped
+from grpo.errors import ConfigError, RankLost, RunStopped
 
 Item = TypeVar("Item")
 
 TIMEOUT = timedelta(hours=2)
 """Longest that ranks wait for one whose judges are slow or that writes a checkpoint. A rank that dies is noticed by
 the launcher, or by its closed connection, at once."""
+_CONNECTIONS_SAY = (
+    "gloo/transport",  # the file that it names: a connection that was closed or reset, or that was silent for TIMEOUT
+    "gloo/rendezvous",
+    "caused pair closure",  # of a connection that broke in an earlier call
+    "ncclRemoteError",
+    "remote process exited",
+)
+"""Parts of the messages of a lost process: gloo raises a bare RuntimeError for it, NCCL one class for everything."""
 
 
 class Ranks:
-    """The ranks of a run, under accelerate: `accelerate launch -m grpo train ...` starts several."""
+    """The ranks of a run, under accelerate: `accelerate launch -m grpo train ...` starts several.
+
+    Every method that sends anything raises RankLost where another rank is gone.
+    """
 
     def __init__(self, *, use_cpu: bool = False) -> None:
         """Join the other processes, where the environment names any.
@@ -36,12 +49,14 @@ class Ranks:
             use_cpu: gloo, though there is a card. So it is where there is none, or under `accelerate launch --cpu`.
         Raises:
             ConfigError: this is one of several processes, but it has not found the others.
+            RankLost: another one went while they met.
         """
         if PartialState._shared_state:
             self._state = PartialState()  # a process joins once; asking again for another device would not change it
         else:
             on_cpu = use_cpu or launched_for_cpu() or not torch.cuda.is_available()
-            self._state = PartialState(cpu=on_cpu, timeout=TIMEOUT)
+            with _lost_ranks():
+                self._state = PartialState(cpu=on_cpu, timeout=TIMEOUT)
         started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
         if started != self.count:
             raise ConfigError(
@@ -75,7 +90,10 @@ class Ranks:
 
     def gather(self, items: Sequence[Item]) -> list[Item]:
         """All ranks' items, on every rank, in rank order. They are pickled: a tensor among them is on the CPU."""
-        return list(items) if self.count == 1 else list(gather_object(list(items)))
+        if self.count == 1:
+            return list(items)
+        with _lost_ranks():
+            return list(gather_object(list(items)))
 
     def gather_from(self, do: Callable[[], Sequence[Item]]) -> list[Item]:
         """What `do` returns on every rank, on every rank, in rank order.
@@ -120,7 +138,7 @@ class Ranks:
     @property
     def all_reduce(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """Adds a tensor up over the ranks; None where there is one."""
-        return None if self.count == 1 else lambda tensor: reduce(tensor, reduction="sum")  # pyright: ignore[reportReturnType]
+        return None if self.count == 1 else _added_up
 
     def on_main(self, do: Callable[[], Item]) -> Item:
         """What `do` returns on the main rank, given to every rank; what it raises there is raised on every rank."""
@@ -134,7 +152,8 @@ class Ranks:
             except Exception as exc:  # noqa: BLE001  raised below, here and on every other rank
                 mine = exc
                 told[1] = _as_sent(exc, rank=self.index)
-        broadcast_object_list(told)
+        with _lost_ranks():
+            broadcast_object_list(told)
         if mine is not None:
             raise mine  # with its traceback
         if isinstance(told[1], Exception):
@@ -165,6 +184,28 @@ class Ranks:
 def launched_for_cpu() -> bool:
     """Whether `accelerate launch --cpu` started this process."""
     return bool(parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def _added_up(tensor: torch.Tensor) -> torch.Tensor:
+    with _lost_ranks():
+        return reduce(tensor, reduction="sum")  # pyright: ignore[reportReturnType]  a tensor for a tensor
+
+
+@contextmanager
+def _lost_ranks() -> Iterator[None]:
+    """What a broken connection to another rank raises becomes a RankLost; all other errors stay what they are."""
+    try:
+        yield
+    except RuntimeError as exc:
+        is_unmet = isinstance(exc, torch.distributed.DistNetworkError | torch.distributed.DistStoreError)
+        if not is_unmet and not any(text in str(exc) for text in _CONNECTIONS_SAY):
+            raise
+        said = re.sub(r"^\[\S+\] ", "", str(exc).partition("\n")[0]).partition(". This is typically")[0]
+        raise RankLost(
+            "another process of this run is gone: it has ended or was killed, or its machine cannot be reached "
+            f"({said}). A run goes on with all of its processes or with none. See what that process, the launcher and "
+            "the kernel's log (for out of memory) say of its end; then start all of them again by the same command."
+        ) from exc
 
 
 def _digest(tensor: torch.Tensor) -> bytes:

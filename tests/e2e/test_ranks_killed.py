@@ -103,6 +103,23 @@ def pair(nurseries: Sequence[Nursery], tiny_model_dir: Path, tmp_path_factory: p
     return made
 
 
+def check_told(said: str, run_dir: Path, *, rank: int) -> None:
+    """What the process that is left says: once, in words, and with the command that goes on."""
+    words = " ".join(said.split())
+    assert "Traceback" not in said, said
+    error = "error: " if rank == 0 else f"error in process {rank}: "
+    assert said.count("error: ") + said.count("error in process") == 1, said
+    assert f"{error}another process of this run is gone: it has ended or was killed" in words, said
+    assert "start all of them again by the same command" in words, said
+    if (run_dir / "config.yaml").is_file():
+        kept = [f"its last checkpoint is of step {checkpoint.step}" for checkpoint in list_checkpoints(run_dir)]
+        what_is_there = kept[-1] if kept else "no checkpoint yet"
+        assert f"{run_dir}: {what_is_there}; go on with: grpo train {run_dir} --resume." in words, said
+        assert "What was sampled and judged since is in the journal." in words, said
+    else:
+        assert "No run directory was written here." in words, said
+
+
 @pytest.mark.parametrize(
     "kills",
     [
@@ -137,7 +154,8 @@ def test_whichever_of_two_ranks_is_killed_in_whatever_phase_the_resumed_run_is_t
         codes = pair.run(name, kill=kill)
         other = 1 - kill.victim
         assert codes[kill.victim] == KILLED, kill
-        assert codes[other] not in (0, KILLED), kill  # it does not go on alone, nor wait for ever
+        assert codes[other] == 1, (kill, pair.said(other))  # it does not go on alone, nor wait for ever
+        check_told(pair.said(other), pair.folder / name, rank=other)
     assert pair.run(name) == [0, 0], pair.said(0)
     resumed, whole = pair.folder / name, pair.folder / "whole"
     check_same(resumed, whole)
