@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from grpo.commands.arguments import Overrides, check_writable, recipe_of
+from grpo.runtime.memory_hardware import CARDS
 
 if TYPE_CHECKING:
     from grpo.bench.cases import MemoryCase
@@ -25,25 +26,45 @@ def plan(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, a YAML file, or a run directory.")],
     overrides: Overrides = None,
     gpu: Annotated[
-        str, typer.Option("--gpu", help="A card such as a100-40g, or cpu:GIB for a host with so much memory.")
+        str,
+        typer.Option(
+            "--gpu",
+            help=f"The card: {', '.join(CARDS)}; cuda:GIB, another with so much memory; cpu:GIB, a host and no card.",
+        ),
     ] = "a100-40g",
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest prompt.")] = 512,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of the longest prompt. Left out: read from the recipe's prompts, where they and the model's "
+            "tokenizer are at hand; else one is assumed, and told.",
+        ),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the plan to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw it: a PNG.")] = None,
 ) -> None:
-    """Say what a recipe will take in memory, phase by phase, and what fits. Loads no weights, needs no GPU."""
+    """Say what a recipe will take in memory, phase by phase, and what fits. Loads no weights, needs no GPU.
+
+    It is the memory of one process and its card; with several, each takes at most as much.
+    """
     from grpo.diagnostics.memory_tables import show_memory_plan
     from grpo.recipe_loader import load_recipe
     from grpo.runtime.memory import plan as plan_memory
     from grpo.runtime.memory_hardware import hardware_named
+    from grpo.runtime.memory_model import read_shape
+    from grpo.runtime.prompt_lengths import PromptLength, longest_prompt
 
     for option, path in (("--json", json_file), ("--plot", plot)):
         check_writable(option, path)
     config = load_recipe(recipe_of(recipe), overrides or [])
-    found = plan_memory(config, hardware_named(gpu), prompt_tokens=prompt_tokens)
+    hardware, shape = hardware_named(gpu), read_shape(config.model, config.base_dir)  # what is wrong is told at once
+    given = None if prompt_tokens is None else PromptLength(tokens=prompt_tokens, source="as given")
+    length = given or longest_prompt(config)
+    found = plan_memory(config, hardware, prompt_tokens=length.tokens, shape=shape)
     if json_file is not None:
         figures: dict[str, Any] = {
             **asdict(found),
+            "prompt_source": length.source,
             "fits": found.fits,
             "peak_bytes": found.peak_bytes,
             "host_peak_bytes": found.host_peak_bytes,
@@ -54,7 +75,7 @@ def plan(
         from grpo.diagnostics.memory_plots import plan_figure
 
         plot.write_bytes(plan_figure(found))
-    show_memory_plan(found)
+    show_memory_plan(found, prompts=length.source)
 
 
 @bench.command()

@@ -24,11 +24,11 @@ def amount(num_bytes: float) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"
 
 
-def show_memory_plan(plan: MemoryPlan, *, prompts: str = "", console: Console | None = None) -> None:
+def show_memory_plan(plan: MemoryPlan, *, prompts: str = "as given", console: Console | None = None) -> None:
     """Phases with a bar each, whether they fit, how far keys can go, and what to change.
 
     Args:
-        prompts: where the plan's length of prompts comes from; empty where it was given.
+        prompts: where the plan's length of prompts comes from.
     """
     console = console or Console()
     room, needed = plan.hardware.device_bytes, plan.peak_bytes + plan.reserve_bytes
@@ -37,9 +37,10 @@ def show_memory_plan(plan: MemoryPlan, *, prompts: str = "", console: Console | 
         f"{plan.hardware.name} ({amount(room)})"
     )
     console.print(
-        f"prompts of at most {plan.prompt_tokens} tokens ({prompts + '; ' if prompts else ''}--prompt-tokens), "
-        f"completions of full length, {plan.completion_tokens}; micro-batches of at most {plan.micro_batch_tokens} "
-        f"tokens: {_packing_text(plan.packing)}"
+        f"prompts of at most {plan.prompt_tokens} tokens ({prompts}; --prompt-tokens N plans with another length), "
+        f"completions of {plan.completion_tokens}, their full length; micro-batches of at most "
+        f"{plan.micro_batch_tokens} tokens: {_packing_text(plan.packing)}",
+        highlight=False,
     )
     console.print(_phase_table(plan, width=max(min(console.width - _CELLS_WIDTH, _BAR_WIDTH), 10)))
     console.print(_largest_text(plan))

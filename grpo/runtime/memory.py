@@ -21,6 +21,7 @@ CONTEXT_BYTES = 768 * MIB
 PROCESS_BYTES = 700 * MIB
 """Of the host: Python, torch and transformers before a model is loaded."""
 DEFAULT_PROMPT_TOKENS = 512
+"""Of the longest prompt, where it is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +92,8 @@ def plan(
     """Memory of every phase, the largest batch, K and length that fit, and what to change where nothing does.
 
     Args:
-        prompt_tokens: of the longest prompt; completions are taken at rollout.max_new_tokens.
+        prompt_tokens: of the longest prompt, as `grpo.runtime.prompt_lengths` reads it; completions are taken at
+            rollout.max_new_tokens.
         shape: of the model; read from its config where None.
     Raises:
         ModelError: the model's config cannot be had, or its blocks are not known.

@@ -2,7 +2,7 @@
 
 The package is found through its metadata and never imported: what it would import (llama.cpp, a plugin host) is not
 needed to read its weights. The conversion repairs what GGUF loses, so the folder equals the model its authors
-published, but for the rounding of their quantisation.
+published, but for the rounding of their quantisation. torch is imported where a file is read, and not to find it.
 """
 
 from __future__ import annotations
@@ -20,23 +20,17 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
-import torch
 from tokenizers import decoders, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 from transformers.utils import logging as transformers_logging
 
 from grpo.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -140,21 +134,37 @@ def exact_float32(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _convert(gguf_path: Path, folder: Path) -> None:
-    logger.info("Converting %s to float32 safetensors in %s (once)", gguf_path.name, folder.parent)
-    try:
+def read_tokenizer(gguf_path: Path) -> PreTrainedTokenizerBase:
+    """The file's tokenizer, repaired. Reads no weights, writes nothing. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    with _read_by_transformers(gguf_path):
         pre_tokenizer_name = _known_pre_tokenizer(gguf_path)
+        tokenizer = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
+    if pre_tokenizer_name == "smollm":
+        _split_digits(tokenizer)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _read_by_transformers(gguf_path: Path) -> Iterator[None]:
+    try:
         with _without_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32
-            )
+            yield
     except (ValueError, KeyError, NotImplementedError, ImportError) as exc:
         raise ModelError(
             f"{gguf_path} is not a GGUF model that transformers can read: {exc}. Give a folder in transformers' format."
         ) from exc
-    if pre_tokenizer_name == "smollm":
-        _split_digits(tokenizer)
+
+
+def _convert(gguf_path: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    logger.info("Converting %s to float32 safetensors in %s (once)", gguf_path.name, folder.parent)
+    tokenizer = read_tokenizer(gguf_path)
+    with _read_by_transformers(gguf_path):
+        model = AutoModelForCausalLM.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32)
     _make_plain(model)
     tokenizer.model_max_length = model.config.max_position_embeddings
     for key in ("is_local", "local_files_only"):  # how this process read it, not what it is
@@ -193,6 +203,8 @@ def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _make_plain(model: PreTrainedModel) -> None:
     """Drop every trace of the quantiser (the weights are float32 now) and the noise of GGUF's float32 metadata."""
+    from transformers import GenerationConfig
+
     config = model.config
     config.__dict__.pop("quantization_config", None)
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):

@@ -102,14 +102,29 @@ def test_unknown_hardware_and_models_that_cannot_be_read_are_bad_input(
     assert "config.json cannot be read" in capsys.readouterr().err
 
 
-def test_a_plan_never_imports_torch(recipe: Path) -> None:
+def test_a_plan_never_imports_torch_to_read_prompts_either(recipe: Path, tiny_model_dir: Path) -> None:
     code = (
         "import sys; from grpo.cli import main\n"
-        f"sys.argv = ['grpo', 'plan', {str(recipe)!r}]\n"
+        f"sys.argv = ['grpo', 'plan', {str(recipe)!r}, 'model={tiny_model_dir}', 'eval.before=false']\n"
         "try: main()\nexcept SystemExit as exc: assert not exc.code\n"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+        "assert 'torch' not in sys.modules and 'transformers' in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60, text=True)
+    assert "that were read; --prompt-tokens N" in " ".join(done.stdout.split())
+
+
+def test_a_length_that_is_assumed_is_told_with_its_reason_and_with_the_option_that_sets_it(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "plan.json"
+    assert grpo("plan", str(recipe), "--json", str(figures)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "prompts of at most 512 tokens (assumed: there is no tokenizer.json in" in shown
+    assert "--prompt-tokens N" in shown
+    assert grpo("plan", str(recipe), "--prompt-tokens", "60", "--json", str(figures)) == 0
+    assert "prompts of at most 60 tokens (as given;" in " ".join(capsys.readouterr().out.split())
+    found = json.loads(figures.read_text())
+    assert (found["prompt_tokens"], found["prompt_source"]) == (60, "as given")
 
 
 def test_a_case_that_does_not_exist_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from grpo.runtime.memory_hardware import Hardware, hardware_named
 from grpo.runtime.memory_model import read_shape
 from grpo.runtime.memory_rows import largest_micro_batch
 from grpo.runtime.memory_terms import FULL, Terms
+from grpo.runtime.prompt_lengths import longest_prompt
 
 LEAST_SHARED_MEMORY = 1 << 30
 """NCCL and vLLM's workers pass tensors through it; a container's default of 64 MiB ends them with a bus error."""
@@ -60,7 +61,8 @@ def _plan(facts: MachineFacts, config: RunConfig) -> Finding:
     """What `grpo plan` says, for the room that there is now."""
     hardware = room(facts, config)
     try:
-        planned = plan(config, hardware)
+        shape, length = read_shape(config.model, config.base_dir), longest_prompt(config)
+        planned = plan(config, hardware, prompt_tokens=length.tokens, shape=shape)
     except InputError as exc:
         return Finding(
             check="memory plan",
@@ -72,8 +74,9 @@ def _plan(facts: MachineFacts, config: RunConfig) -> Finding:
     largest = max(planned.phases, key=lambda phase: phase.peak_bytes)
     needed = planned.peak_bytes + planned.reserve_bytes
     what = (
-        f"{gib(needed)} GiB in its largest phase ({largest.name}) with prompts of {planned.prompt_tokens} tokens, of "
-        f"{gib(hardware.device_bytes)} GiB on {hardware.name}; completions a step: {planned.packing}"
+        f"{gib(needed)} GiB in its largest phase ({largest.name}) with prompts of {planned.prompt_tokens} tokens"
+        f"{' (assumed)' if length.is_assumed else ''}, of {gib(hardware.device_bytes)} GiB on {hardware.name}; "
+        f"completions a step: {planned.packing}"
     )
     host_room = _host_room(facts)
     figures = {"needed_bytes": needed, "host_bytes": planned.host_peak_bytes, "room_bytes": hardware.device_bytes}
