@@ -29,7 +29,8 @@ def plan(
         str,
         typer.Option(
             "--gpu",
-            help=f"The card: {', '.join(CARDS)}; cuda:GIB, another with so much memory; cpu:GIB, a host and no card.",
+            help=f"The card: {', '.join(CARDS)}; cuda:GIB, another with so much memory; cpu:GIB, no card, and so much "
+            "of the host's memory.",
         ),
     ] = "a100-40g",
     prompt_tokens: Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +15,9 @@ from grpo.runtime.memory_search import Change, Limit
 from grpo.runtime.memory_terms import MIB
 
 _BAR_WIDTH, _WITHIN, _FREE, _BEYOND = 40, "█", "░", "▒"
-_CELLS_WIDTH = 58
+_TIGHT = 0.05
+"""Of the room: what fits with less than that to spare is called tight, since a plan may be off by as much."""
+_CELLS_WIDTH = 60
 """Of the other columns of the table of phases, and what is between them."""
 
 
@@ -31,7 +33,7 @@ def show_memory_plan(plan: MemoryPlan, *, prompts: str = "as given", console: Co
         prompts: where the plan's length of prompts comes from.
     """
     console = console or Console()
-    room, needed = plan.hardware.device_bytes, plan.peak_bytes + plan.reserve_bytes
+    room = plan.hardware.device_bytes
     console.print(
         f"[bold]{plan.shape.model_type}[/bold] of {plan.shape.parameters:,} parameters in {plan.dtype} on "
         f"{plan.hardware.name} ({amount(room)})"
@@ -43,34 +45,62 @@ def show_memory_plan(plan: MemoryPlan, *, prompts: str = "as given", console: Co
         highlight=False,
     )
     console.print(_phase_table(plan, width=max(min(console.width - _CELLS_WIDTH, _BAR_WIDTH), 10)))
+    console.print(f"{_WITHIN} taken, {_FREE} free, {_BEYOND} beyond; what is set aside is counted in")
     console.print(_largest_text(plan))
     if not plan.hardware.is_cpu:
         console.print(_host_text(plan))
     verdict = Text("it fits", style="green") if plan.fits else Text("it does not fit", style="bold red")
-    console.print(verdict + Text(f": {amount(needed)} of {amount(room)}"))
-    console.print("how far each key can go, the others as they are but for smaller micro-batches:")
-    for limit in plan.limits:
-        console.print(f"  {_limit_text(limit)}", highlight=False)
+    tight = ", tight: a plan may be off by as much as is left" if plan.fits and _is_tight(plan, plan.peak_bytes) else ""
+    console.print(verdict + Text(f": {_needed(plan, plan.peak_bytes)} of {amount(room)}{tight}"))
+    for line in [*_context_lines(plan), *_limit_lines(plan), *_change_lines(plan)]:
+        console.print(line, highlight=False, markup=False)
+
+
+def _needed(plan: MemoryPlan, peak_bytes: int) -> str:
+    return amount(peak_bytes + plan.reserve_bytes)
+
+
+def _is_tight(plan: MemoryPlan, peak_bytes: int) -> bool:
+    return peak_bytes + plan.reserve_bytes > (1 - _TIGHT) * plan.hardware.device_bytes
+
+
+def _context_lines(plan: MemoryPlan) -> Iterator[str]:
+    tokens, context = plan.prompt_tokens + plan.completion_tokens, plan.shape.context
+    if context is not None and tokens > context:
+        yield (
+            f"prompt and completion are {tokens} tokens, more than the model's context of {context}: `grpo train` "
+            "refuses such a prompt"
+        )
+
+
+def _limit_lines(plan: MemoryPlan) -> Iterator[str]:
+    if all(limit.largest is None for limit in plan.limits):
+        yield f"the smallest {', '.join(limit.key for limit in plan.limits)} do not fit, all else as it is"
+        return
+    yield "how far each key can go, the others as they are but for smaller micro-batches:"
+    yield from (f"  {_limit_text(limit)}" for limit in plan.limits)
+
+
+def _change_lines(plan: MemoryPlan) -> Iterator[str]:
+    if plan.fits:
+        return
+    if not any(change.fits for change in plan.changes):
+        yield "no change that is tried here makes it fit: a smaller model, or a larger card"
     if plan.changes:
-        console.print("what to change, the best first:")
-        for change in plan.changes:
-            console.print(f"  {_change_text(change)}", highlight=False)
-    elif not plan.fits:
-        console.print("no change that is tried here lowers it: a smaller model, or a larger card")
+        any_fits = any(change.fits for change in plan.changes)
+        yield "what to change, the best first:" if any_fits else "what saves most, the best first:"
+        yield from (f"  {_change_text(plan, change)}" for change in plan.changes)
 
 
 def _phase_table(plan: MemoryPlan, *, width: int) -> Table:
     """Args: width: of the longest bar."""
-    room, where = plan.hardware.device_bytes, "host" if plan.hardware.is_cpu else "device"
+    room = plan.hardware.device_bytes
     table = Table(box=None, pad_edge=False)
     table.add_column("phase")
-    table.add_column(f"held on {where}", justify="right")
-    table.add_column("on top", justify="right")
-    table.add_column("peak", justify="right")
-    if not plan.hardware.is_cpu:
-        table.add_column("host", justify="right")
+    for name in ("held", "on top", "peak", *([] if plan.hardware.is_cpu else ["host"])):
+        table.add_column(name, justify="right", no_wrap=True)
     scale = max(room, plan.peak_bytes + plan.reserve_bytes)
-    table.add_column(f"{_WITHIN} taken {_FREE} free {_BEYOND} beyond", no_wrap=True)
+    table.add_column(f"of {amount(room)}", no_wrap=True)
     for phase in plan.phases:
         cells = [phase.name, amount(sum(phase.held.values())), amount(phase.transient_bytes), amount(phase.peak_bytes)]
         if not plan.hardware.is_cpu:
@@ -120,23 +150,26 @@ def _limit_text(limit: Limit) -> str:
     key = f"{limit.key} = {limit.now}"
     if limit.largest is None:
         return f"{key}: nothing fits, whatever it is"
-    found = {
-        None: f"up to {limit.largest} fits",
-        "the step": "a whole step at once fits",
-        "the search": f"{limit.largest} fits, and nothing larger was tried",
-        "the context": f"up to {limit.largest} fits, all that the model's context leaves beside the prompt",
-    }[limit.bounded_by]
+    up_to = "" if limit.bounded_by == "the search" else "up to "
+    found = f"{up_to}{limit.largest} fits"
+    if limit.micro_batch_tokens is not None:
+        found += f" with update.micro_batch_tokens={limit.micro_batch_tokens}"
     if limit.packing:
         found += f": {_packing_text(limit.packing)}"
-    if limit.micro_batch_tokens is not None:
-        found += f", with update.micro_batch_tokens={limit.micro_batch_tokens}"
-    return f"{key}: {found}"
+    ends = {
+        None: "",
+        "the step": ", a whole step at once",
+        "the search": "; nothing larger was tried",
+        "the context": ", all that the model's context leaves beside the prompt",
+    }
+    return f"{key}: {found}{ends[limit.bounded_by]}"
 
 
-def _change_text(change: Change) -> str:
-    fits = "fits" if change.fits else "does not suffice"
+def _change_text(plan: MemoryPlan, change: Change) -> str:
+    tight = ", but tight" if _is_tight(plan, change.peak_bytes) else ""
+    fits = f"fits{tight}" if change.fits else "does not suffice"
     packing = f"; {_packing_text(change.packing)}" if change.packing else ""
-    return f"{' '.join(change.overrides)}: peak {amount(change.peak_bytes)}, {fits} ({change.why}{packing})"
+    return f"{' '.join(change.overrides)}: {_needed(plan, change.peak_bytes)}, {fits} ({change.why}{packing})"
 
 
 def show_memory_bench(cases: Sequence[Mapping[str, Any]], *, console: Console | None = None) -> None:

@@ -159,7 +159,8 @@ def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:
 def changes_of(
     config: RunConfig, candidates: Sequence[Candidate], need_of: NeedOf, *, prompt_tokens: int
 ) -> tuple[Change, ...]:
-    """What lowers the peak, the best first: what fits and keeps the gradient, then what fits, then by what it saves.
+    """What lowers the peak, the best first: what fits and keeps the gradient, then what fits; where nothing does, what
+    saves most.
 
     Changes are put together only where none alone fits and keeps the gradient.
     """
@@ -175,7 +176,8 @@ def changes_of(
                 found[numbers] = change
         if any(change.fits and change.keeps_gradient for change in found.values()):
             break
-    return tuple(_some_of_each(sorted(found.values(), key=_rank))[:SHOWN_CHANGES])
+    fitting = [change for change in found.values() if change.fits]
+    return tuple(_some_of_each(sorted(fitting or found.values(), key=_rank))[:SHOWN_CHANGES])
 
 
 def _change(config: RunConfig, parts: Sequence[Candidate], need_of: NeedOf, prompt_tokens: int) -> Change:

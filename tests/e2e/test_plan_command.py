@@ -93,6 +93,54 @@ def test_what_does_not_fit_is_told_with_what_to_change(recipe: Path, capsys: pyt
     assert "the same effective batch" in shown
 
 
+def told(recipe: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command shows, its lines joined."""
+    assert grpo("plan", str(recipe), "--prompt-tokens", "512", *arguments) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_what_is_needed_is_told_alike_for_the_recipe_and_for_a_change_of_it(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both with what is set aside, so that both can be held against the card."""
+    larger = "update.micro_batch_tokens=65536"
+    change = re.search(
+        r"(update\.micro_batch_tokens=\d+): ([0-9.]+ GiB), fits", told(recipe, capsys, larger, "--gpu", "l4")
+    )
+    assert change
+    assert f"it fits: {change[2]} of 22.00 GiB" in told(recipe, capsys, change[1], "--gpu", "l4")
+
+
+def test_only_changes_that_fit_are_told_where_there_is_one(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = told(recipe, capsys, "update.micro_batch_tokens=65536", "--gpu", "l4")
+    assert "what to change, the best first:" in shown
+    assert "does not suffice" not in shown
+    shown = told(recipe, capsys, "--gpu", "cuda:2")
+    assert "the smallest update.micro_batch_tokens, rollout.group_size," in shown
+    assert "no change that is tried here makes it fit: a smaller model, or a larger card" in shown
+    assert "what saves most, the best first:" in shown
+
+
+def test_what_fits_with_next_to_nothing_to_spare_is_called_tight(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "plan.json"
+    assert "tight" not in told(recipe, capsys, "--gpu", "h200", "--json", str(figures))
+    found = json.loads(figures.read_text())
+    needed_gib = (found["peak_bytes"] + found["reserve_bytes"]) / 2**30
+    assert "it fits" in (shown := told(recipe, capsys, "--gpu", f"cuda:{needed_gib * 1.01:.3f}"))
+    assert "tight" in shown
+
+
+def test_a_prompt_that_the_model_cannot_read_beside_its_completion_is_told(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**LLAMA_1B, "max_position_embeddings": 1000}))
+    shown = told(recipe, capsys)
+    assert "prompt and completion are 1024 tokens, more than the model's context of 1000" in shown
+    assert "prompt and completion are" not in told(recipe, capsys, "rollout.max_new_tokens=488")  # 1000 in all
+
+
 def test_unknown_hardware_and_models_that_cannot_be_read_are_bad_input(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
