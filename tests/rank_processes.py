@@ -22,12 +22,20 @@ import torch.multiprocessing as multiprocessing
 ANSWER_WITHIN_S = 100.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """In place of an answer: the process is gone."""
+
+    code: int | None
+    """Its exit code, or minus the signal that killed it."""
+
+
 @dataclass(slots=True)
 class RankPair:
     """Owns two processes. `with RankPair(folder) as ranks: first, second = ranks.run(function, argument)`.
 
     The function is one at the top of a test's file, which the processes load for themselves. What it raises on a rank
-    is that rank's answer.
+    is that rank's answer; where it kills its process, `Ended`.
     """
 
     folder: Path
@@ -63,7 +71,11 @@ class RankPair:
         answers: list[Any] = []
         for rank, pipe in enumerate(self._pipes):
             assert pipe.poll(ANSWER_WITHIN_S), f"rank {rank} has not answered: one waits for the other"
-            answers.append(pickle.loads(pipe.recv_bytes()))  # noqa: S301  our own process's
+            try:
+                answers.append(pickle.loads(pipe.recv_bytes()))  # noqa: S301  our own process's
+            except EOFError:
+                self._processes[rank].join(ANSWER_WITHIN_S)
+                answers.append(Ended(code=self._processes[rank].exitcode))
         return answers
 
 
