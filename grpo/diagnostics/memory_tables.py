@@ -150,6 +150,8 @@ def _limit_text(limit: Limit) -> str:
     key = f"{limit.key} = {limit.now}"
     if limit.largest is None:
         return f"{key}: nothing fits, whatever it is"
+    if limit.bounded_by == "the step" and limit.largest == limit.now:
+        return f"{key}: a whole step at once fits"
     up_to = "" if limit.bounded_by == "the search" else "up to "
     found = f"{up_to}{limit.largest} fits"
     if limit.micro_batch_tokens is not None:

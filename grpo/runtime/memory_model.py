@@ -202,7 +202,7 @@ def shape_of(values: Mapping[str, Any], *, source: str) -> ModelShape:
     if kind not in KNOWN:
         raise ModelError(
             f"model {source!r} is of type {kind!r}, whose memory is not known here. Known: {', '.join(KNOWN)}. "
-            "`grpo bench memory` measures one."
+            "`grpo verify RECIPE` takes one real step of it, and `grpo doctor --watch RUN` shows what a run takes."
         )
     try:
         return _gpt2(values) if kind == "gpt2" else _llama_like(kind, values)

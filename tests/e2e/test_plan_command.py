@@ -111,6 +111,13 @@ def test_what_is_needed_is_told_alike_for_the_recipe_and_for_a_change_of_it(
     assert f"it fits: {change[2]} of 22.00 GiB" in told(recipe, capsys, change[1], "--gpu", "l4")
 
 
+def test_a_budget_that_takes_a_whole_step_is_told_to(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """8 prompts of 512 tokens with 8 completions of 512: 36,864."""
+    for budget, end in ((40_000, "a whole step at once fits"), (30_000, "up to 36864 fits, a whole step at once")):
+        shown = told(recipe, capsys, f"update.micro_batch_tokens={budget}", "--gpu", "cuda:1000")
+        assert f"update.micro_batch_tokens = {budget}: {end}" in shown
+
+
 def test_only_changes_that_fit_are_told_where_there_is_one(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = told(recipe, capsys, "update.micro_batch_tokens=65536", "--gpu", "l4")
     assert "what to change, the best first:" in shown
