@@ -12,6 +12,8 @@ from grpo.errors import InputError
 from grpo.recipe_loader import load_run_config
 from grpo.runtime.machine import MachineFacts
 from grpo.runtime.memory import PROCESS_BYTES, plan
+from grpo.runtime.memory_model import read_shape
+from grpo.runtime.prompt_lengths import longest_prompt
 
 PLANNED_AS = {
     "start": "load",
@@ -41,7 +43,8 @@ def planned_run(run_dir: Path, facts: MachineFacts) -> PlannedRun:
         if not hardware.is_cpu:  # what is free now is what the run has left
             card = min(facts.gpus, key=lambda gpu: gpu.free_bytes)
             hardware = replace(hardware, device_bytes=card.total_bytes)
-        found = plan(config, hardware)
+        shape, length = read_shape(config.model, config.base_dir), longest_prompt(config)
+        found = plan(config, hardware, prompt_tokens=length.tokens, shape=shape)
     except InputError as exc:
         return PlannedRun(note=f"there is no plan to compare with: {exc}")
     sizes = {phase.name: phase for phase in found.phases}
@@ -53,5 +56,6 @@ def planned_run(run_dir: Path, facts: MachineFacts) -> PlannedRun:
             ours: Usage(host_bytes=sizes[theirs].host_bytes + PROCESS_BYTES, device_bytes=on_device[theirs])
             for ours, theirs in PLANNED_AS.items()
         },
-        note=f"planned for prompts of {found.prompt_tokens} tokens and completions of {config.rollout.max_new_tokens}",
+        note=f"planned for prompts of {found.prompt_tokens} tokens{' (assumed)' if length.is_assumed else ''} and "
+        f"completions of {found.completion_tokens}",
     )

@@ -23,6 +23,7 @@ from grpo.run_directory import RunDirectory
 from grpo.runtime.machine import Gpu, MachineFacts
 from grpo.runtime.memory import CONTEXT_BYTES, PROCESS_BYTES, plan
 from grpo.runtime.memory_hardware import hardware_named
+from grpo.runtime.prompt_lengths import longest_prompt
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -143,7 +144,7 @@ def shown(watched: Watched, planned: PlannedRun | None = None, facts: MachineFac
     return console.export_text()
 
 
-def started_run(folder: Path, model: Path | str) -> Path:
+def started_run(folder: Path, model: Path | str, *, evaluates: bool = True) -> Path:
     values = {
         "model": str(model),
         "steps": 1,
@@ -152,6 +153,7 @@ def started_run(folder: Path, model: Path | str) -> Path:
         "objectives": {"short": {"rewards": [{"name": "exact_match"}], "beta": {"type": "fixed", "value": 0.1}}},
         "optim": {"learning_rate": 1e-4},
         "dtype": "float32",
+        "eval": {"before": evaluates, "after": evaluates},
     }
     RunDirectory(folder).create(parse_recipe(values, base_dir=folder.parent, source="test"))
     return folder
@@ -174,7 +176,7 @@ def test_each_phase_stands_beside_what_its_plan_says(tmp_path: Path, tiny_model_
     assert rollout.split()[1:] == f"1.00 GiB {gib(planned, 'host')} 3.00 GiB {gib(planned, 'device')} 4".split()
     assert judging.split()[1:] == ["1.00", "GiB", "-", "3.00", "GiB", "-", "4"]
     assert "22.00 GiB" in text
-    assert "planned for prompts of 512 tokens" in text
+    assert "planned for prompts of 512 tokens (assumed)" in text  # there is no train.jsonl
     assert "rollout holds" in text  # 3 GiB, where a tiny model was planned
 
 
@@ -186,6 +188,18 @@ def test_on_a_cpu_the_plan_is_one_of_host_memory(tmp_path: Path, tiny_model_dir:
     planned = planned_run(started_run(tmp_path / "run", tiny_model_dir), replace(FACTS, gpus=()))
     assert planned.phases["rollout"].device_bytes is None
     assert planned.phases["backward"].host_bytes > PROCESS_BYTES
+
+
+def test_the_plan_beside_a_run_is_of_the_runs_own_prompts(tmp_path: Path, tiny_model_dir: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "Who?", "reference": "Anna"}\n')
+    run = started_run(tmp_path / "run", tiny_model_dir, evaluates=False)
+    recipe = parse_recipe(yaml.safe_load((run / "config.yaml").read_text()), base_dir=tmp_path, source="test")
+    tokens = longest_prompt(recipe).tokens
+    planned = planned_run(run, FACTS)
+    assert tokens < 100
+    assert planned.note.startswith(f"planned for prompts of {tokens} tokens and completions of ")
+    sizes = {phase.name: phase for phase in plan(recipe, hardware_named("l4"), prompt_tokens=tokens).phases}
+    assert planned.phases["backward"].device_bytes == sizes["update"].peak_bytes + CONTEXT_BYTES
 
 
 def test_where_no_plan_can_be_made_it_says_why_and_goes_on(tmp_path: Path) -> None:
