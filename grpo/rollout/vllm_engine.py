@@ -321,6 +321,7 @@ def _start(policy: Policy, config: VllmEngineConfig, *, model: Path | str, sync:
     options: dict[str, Any] = {}
     if is_cpu:
         options["kv_cache_memory_bytes"] = int(config.kv_cache_gib * GIB)
+        options["enable_chunked_prefill"] = False  # see `vllm_serve.PROMPTS_WHOLE`
     else:
         options |= {"gpu_memory_utilization": config.memory_fraction, "enable_sleep_mode": config.sleep}
     if sync == "adapter":

@@ -27,22 +27,29 @@ _FIXED = {
     "--generation-config": "vllm",
 }
 _DEFAULTS = {"--host": "127.0.0.1", "--port": "8000"}
+PROMPTS_WHOLE = "--no-enable-chunked-prefill"
+"""On a CPU. A prompt in pieces has vLLM 0.32 take back the draw that it made too early, and a CPU's random numbers
+cannot be wound back: the server would end as soon as prompts with seeds outgrow one step."""
 
 
-def command(model: str, flags: Sequence[str]) -> list[str]:
+def command(model: str, flags: Sequence[str], *, is_cpu: bool) -> list[str]:
     """The command line of vLLM's server.
 
     Args:
         model: folder or hub name.
         flags: vLLM's own, passed on.
+        is_cpu: it will run on one.
     Raises:
         ConfigError: one of them is set here.
     """
     named = {flag.partition("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
-    if taken := sorted(named & {*_FIXED, "--no-enable-prefix-caching", "--model"}):
+    fixed = {*_FIXED, "--no-enable-prefix-caching", "--model", *(["--enable-chunked-prefill"] if is_cpu else [])}
+    if taken := sorted(named & fixed):
         raise ConfigError(f"{', '.join(taken)}: set by grpo.rollout.vllm_serve, and no other value fits. Leave it out.")
     defaults = {flag: value for flag, value in _DEFAULTS.items() if flag not in named}
     options = [part for flag, value in {**_FIXED, **defaults}.items() for part in (flag, value)]
+    if is_cpu:
+        options.append(PROMPTS_WHOLE)
     return [sys.executable, "-m", SERVER_MODULE, "--model", model, "--enable-prefix-caching", *options, *flags]
 
 
@@ -77,13 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known, flags = parser.parse_known_args(arguments)
     from pathlib import Path
 
+    import torch
+
     from grpo.errors import InputError
     from grpo.rollout.vllm_engine import check_installed
     from grpo.runtime.models import resolve_model
 
     try:
         check_installed()
-        line = command(str(resolve_model(known.model, Path.cwd())), flags)
+        model = str(resolve_model(known.model, Path.cwd()))
+        line = command(model, flags, is_cpu=not torch.cuda.is_available())
     except InputError as exc:
         parser.error(str(exc))
     os.execve(line[0], line, environment(os.environ, known.processor))

@@ -18,7 +18,7 @@ def option(line: list[str], name: str) -> str:
 
 
 def test_the_server_gets_what_a_run_depends_on_and_further_flags_as_they_are() -> None:
-    line = command("some/model", ["--dtype", "float32", "--enable-lora"])
+    line = command("some/model", ["--dtype", "float32", "--enable-lora"], is_cpu=False)
     assert line[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     assert option(line, "--model") == "some/model"
     assert option(line, "--worker-extension-cls") == SERVER_EXTENSION
@@ -30,15 +30,23 @@ def test_the_server_gets_what_a_run_depends_on_and_further_flags_as_they_are() -
 
 
 def test_it_listens_on_this_machine_alone_unless_told_otherwise() -> None:
-    assert option(command("m", []), "--host") == "127.0.0.1"
-    assert option(command("m", ["--host", "10.0.0.5"]), "--host") == "10.0.0.5"
-    assert not [part for part in command("m", ["--host=10.0.0.5"]) if part == "--host"]
+    assert option(command("m", [], is_cpu=False), "--host") == "127.0.0.1"
+    assert option(command("m", ["--host", "10.0.0.5"], is_cpu=False), "--host") == "10.0.0.5"
+    assert not [part for part in command("m", ["--host=10.0.0.5"], is_cpu=False) if part == "--host"]
 
 
 @pytest.mark.parametrize("flag", ["--logprobs-mode=raw_logprobs", "--logprobs_mode", "--no-enable-prefix-caching"])
 def test_a_flag_that_would_break_a_run_is_refused(flag: str) -> None:
     with pytest.raises(ConfigError, match="no other value fits"):
-        command("m", [flag])
+        command("m", [flag], is_cpu=False)
+
+
+def test_on_a_cpu_prompts_are_computed_whole() -> None:
+    assert "--no-enable-chunked-prefill" in command("m", [], is_cpu=True)
+    assert "--no-enable-chunked-prefill" not in command("m", [], is_cpu=False)
+    assert "--enable-chunked-prefill" in command("m", ["--enable-chunked-prefill"], is_cpu=False)
+    with pytest.raises(ConfigError, match="no other value fits"):
+        command("m", ["--enable-chunked-prefill"], is_cpu=True)
 
 
 def test_weight_sync_is_switched_on_and_what_else_is_set_stays() -> None:

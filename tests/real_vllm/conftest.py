@@ -65,6 +65,15 @@ def open_prompt(tokenizer: PreTrainedTokenizerBase) -> EncodedPrompt:
 
 
 @pytest.fixture(scope="session")
+def too_many_prompts(tokenizer: PreTrainedTokenizerBase) -> list[EncodedPrompt]:
+    """No two begin alike, and vLLM computes no more than 4,096 prompt tokens in a step by itself: they do not fit."""
+    ids = tokenizer.encode(STORY)
+    turned = [tuple(ids[start:] + ids[:start]) for start in range(36)]
+    assert sum(map(len, turned)) > 4096
+    return [EncodedPrompt(prompt=make_prompt(f"t{number}"), token_ids=one) for number, one in enumerate(turned)]
+
+
+@pytest.fixture(scope="session")
 def long_prompt(tokenizer: PreTrainedTokenizerBase) -> EncodedPrompt:
     """One token longer than a block, so that the block is served from the cache."""
     ids = tokenizer.encode("The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 12)

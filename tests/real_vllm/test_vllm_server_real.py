@@ -223,6 +223,16 @@ def test_a_completion_alone_is_that_of_a_batch_of_32(engine: VllmServerEngine, p
         assert alone.sampler_logprobs == pytest.approx(group.completions[0].sampler_logprobs, abs=1e-4)
 
 
+def test_prompts_that_do_not_fit_in_one_step_are_sampled_as_alone(
+    engine: VllmServerEngine, too_many_prompts: list[EncodedPrompt]
+) -> None:
+    params = replace(PARAMS, max_new_tokens=2)
+    together = sample(engine, too_many_prompts, params, k=2)
+    for number in (0, 17, 35):
+        (alone,) = sample(engine, [too_many_prompts[number]], params, k=2)
+        assert [c.token_ids for c in together[number].completions] == [c.token_ids for c in alone.completions]
+
+
 def test_the_completions_of_a_group_differ(engine: VllmServerEngine, prompts: list[EncodedPrompt]) -> None:
     for group in sample(engine, prompts, PARAMS, k=8):
         assert len({c.token_ids for c in group.completions}) > 1
