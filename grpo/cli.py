@@ -53,7 +53,7 @@ def train(
     config = load_recipe(recipe_of(recipe), [*_output_dir_of(recipe, resume=resume), *(overrides or [])])
     from grpo.diagnostics.display import make_display
     from grpo.diagnostics.report import write_report
-    from grpo.errors import InputError
+    from grpo.errors import InputError, StorageError
     from grpo.metrics import observed_kl_name
     from grpo.objectives import held_kl
     from grpo.trainer import Trainer
@@ -74,7 +74,7 @@ def train(
             )
         try:  # last: a report that fails costs nothing of what is above
             display.finish(None, None, [("report", str(write_report(result.run_dir)))])
-        except (InputError, OSError) as exc:
+        except (InputError, StorageError, OSError) as exc:
             print(
                 f"error: the report was not written: {exc}\nThe run itself is whole; once this is put right: "
                 f"grpo report {result.run_dir}",
@@ -98,6 +98,7 @@ def evaluate(
 ) -> None:
     """Score a run's newest checkpoint, or a model, on held-out prompts."""
     from grpo.diagnostics.display import make_display
+    from grpo.durable_files import write_result
     from grpo.evaluation_run import evaluate_target
     from grpo.runtime.launch import start_missing_ranks
 
@@ -108,9 +109,9 @@ def evaluate(
         result = evaluate_target(target, recipe=recipe, overrides=overrides or [])
         if not _is_main():
             return
-        if json_file is not None:
-            json_file.write_text(json.dumps(result, indent=1, allow_nan=False))
         display.finish(result, None, [])
+        if json_file is not None:
+            write_result(json_file, json.dumps(result, indent=1, allow_nan=False))
 
 
 @app.command()
@@ -127,6 +128,7 @@ def score(
 ) -> None:
     """Score a file of completions by a recipe's objectives. Trains nothing."""
     from grpo.diagnostics.score_tables import show_scores
+    from grpo.durable_files import write_result
     from grpo.recipe_loader import load_recipe
     from grpo.score_file import complete_for_scoring, min_valid_shortage, score_file, summarise_scores, write_scores
 
@@ -135,11 +137,11 @@ def score(
         check_writable(option, path)
     rows = score_file(config, completions.expanduser().absolute(), for_evaluation=eval_rewards, audit_path=audit)
     summary = summarise_scores(rows)
+    show_scores(summary)
     if out is not None:
         write_scores(out, rows)
     if json_file is not None:
-        json_file.write_text(json.dumps(summary, indent=1, allow_nan=False))
-    show_scores(summary)
+        write_result(json_file, json.dumps(summary, indent=1, allow_nan=False))
     if short := min_valid_shortage(summary, config):
         print(f"error: {short}", file=sys.stderr)
         raise typer.Exit(EXIT_FAILED)

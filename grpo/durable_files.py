@@ -29,10 +29,10 @@ _BLOCK_BYTES = 1 << 16
 _LEFTOVER = re.compile(r"\..+-[0-9a-f]{32}")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Whoever reads finds the old file or the new one, after a crash too. Raises StorageError."""
+def write_atomically(path: Path, content: bytes, *, advice: str = "Make room, then resume.") -> None:
+    """Whoever reads finds the old file or the new one, after a crash too. Raises StorageError, with the advice."""
     temporary = path.with_name(f".{path.name}.new")  # one writer: what a killed one left is overwritten
-    with storage_errors(path, needed_bytes=len(content)):
+    with storage_errors(path, needed_bytes=len(content), advice=advice):
         try:
             file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
@@ -46,6 +46,21 @@ def write_atomically(path: Path, content: bytes) -> None:
                 os.unlink(temporary)
             raise
         fsync_folder(path.parent)
+
+
+def write_result(path: Path, content: str | bytes) -> None:
+    """Write what a command was asked to leave in a file that a person has named: the old one stays where it fails.
+
+    Raises:
+        StorageError: the disk refuses it.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    advice = "Make room, or name another file."
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # such as /dev/stdout: nothing may take its place
+        with storage_errors(path, needed_bytes=len(content), advice=advice):
+            path.write_bytes(content)
+    else:
+        write_atomically(path, content, advice=advice)
 
 
 def append_lines(path: Path, lines: Iterable[bytes]) -> None:
@@ -278,15 +293,15 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def storage_errors(path: Path, *, needed_bytes: int | None = None) -> Iterator[None]:
+def storage_errors(
+    path: Path, *, needed_bytes: int | None = None, advice: str = "Make room, then resume."
+) -> Iterator[None]:
     """What the disk refuses becomes a StorageError that names the path, what was needed and what is free."""
     try:
         yield
     except (OSError, SafetensorError) as exc:
         wanted = "" if needed_bytes is None else f" {needed_bytes} bytes were to be written,"
-        raise StorageError(
-            f"{path} cannot be written: {exc}.{wanted} {_free_text(path)}. Make room, then resume."
-        ) from exc
+        raise StorageError(f"{path} cannot be written: {exc}.{wanted} {_free_text(path)}. {advice}") from exc
 
 
 def _free_text(path: Path) -> str:

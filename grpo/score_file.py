@@ -14,6 +14,7 @@ from typing import Any
 
 from grpo.completion_rows import group_completions, kind_of, prompt_key, read_completions
 from grpo.config import RunConfig
+from grpo.durable_files import write_result
 from grpo.metrics import bootstrap_mean
 from grpo.objectives import build_objectives
 from grpo.scoring import Scorer
@@ -112,8 +113,8 @@ def min_valid_shortage(summary: Mapping[str, Mapping[str, Any]], config: RunConf
 
 
 def write_scores(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line a completion."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows), "utf-8")
+    """One line a completion. Raises StorageError."""
+    write_result(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 def _means_by(pairs: Sequence[tuple[str, float]]) -> dict[str, float]:

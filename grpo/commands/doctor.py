@@ -54,13 +54,14 @@ def examine_and_show(
     from grpo.diagnostics.doctor.examination import examine
     from grpo.diagnostics.finding_tables import show_findings
     from grpo.diagnostics.findings import findings_as_json, worst_status
+    from grpo.durable_files import write_result
     from grpo.recipe_loader import load_recipe
 
     config = load_recipe(recipe_of(recipe), list(overrides)) if recipe is not None else None
     findings = examine(machine, config, asks_judges=asks_judges, ranks=ranks, working_dir=Path.cwd())
-    if json_file is not None:
-        json_file.write_text(json.dumps(findings_as_json(findings), indent=1) + "\n", encoding="utf-8")
     show_findings(findings, title=f"Doctor: {recipe or 'this machine'}")
+    if json_file is not None:
+        write_result(json_file, json.dumps(findings_as_json(findings), indent=1) + "\n")
     if worst_status(findings) == "failed":
         raise typer.Exit(1)
 
@@ -71,6 +72,7 @@ def _watch(run: str | None, json_file: Path | None) -> None:
     from grpo.diagnostics.watch import watch
     from grpo.diagnostics.watch_display import WatchDisplay
     from grpo.diagnostics.watch_plan import planned_run
+    from grpo.durable_files import write_result
     from grpo.errors import ConfigError
     from grpo.runtime.machine import ThisMachine
 
@@ -82,4 +84,4 @@ def _watch(run: str | None, json_file: Path | None) -> None:
         for last in watch(run_dir):
             display.show(last)
     if json_file is not None and last is not None:
-        json_file.write_text(json.dumps(asdict(last) | {"planned": asdict(planned)}, indent=1) + "\n", encoding="utf-8")
+        write_result(json_file, json.dumps(asdict(last) | {"planned": asdict(planned)}, indent=1) + "\n")

@@ -28,6 +28,7 @@ def plan(
 ) -> None:
     """Count what a recipe's judges will take: calls, tokens, money, minutes. Asks nobody."""
     from grpo.diagnostics.judge_tables import show_plan
+    from grpo.durable_files import write_result
     from grpo.judge_runs import Assumptions, plan_judges
     from grpo.recipe_loader import load_recipe
 
@@ -39,9 +40,9 @@ def plan(
         completion_tokens=completion_tokens or config.rollout.max_new_tokens,
     )
     result = plan_judges(config, assumed)
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     show_plan(result)
+    if json_file is not None:
+        write_result(json_file, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 @judge.command()
@@ -70,6 +71,8 @@ def calibrate(
 ) -> None:
     """Ask a judge about completions that people have judged, and compare."""
     from grpo.diagnostics.judge_tables import show_calibration
+    from grpo.durable_files import write_result
+    from grpo.errors import StorageError, TooFewVerdicts
     from grpo.judge_runs import calibrate_judge, find_judge
 
     check_writable("--json", json_file)
@@ -79,9 +82,11 @@ def calibrate(
     result = calibrate_judge(
         found, gold.expanduser(), format=format, threshold=threshold, repeats=repeats, limit=limit, seed=seed
     )
-    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    try:
+        write_result(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    except StorageError:
+        show_calibration(result)  # paid for already
+        raise
     show_calibration(result, path=path)
     if result["num_scored"] == 0:
-        from grpo.errors import TooFewVerdicts
-
         raise TooFewVerdicts(f"no row got a verdict: {result['failures']}. The last cause: {result['last_failure']}")

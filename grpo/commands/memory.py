@@ -49,6 +49,7 @@ def plan(
     It is the memory of one process and its card; with several, each takes at most as much.
     """
     from grpo.diagnostics.memory_tables import show_memory_plan
+    from grpo.durable_files import write_result
     from grpo.recipe_loader import load_recipe
     from grpo.runtime.memory import plan as plan_memory
     from grpo.runtime.memory_hardware import hardware_named
@@ -71,11 +72,11 @@ def plan(
             "host_peak_bytes": found.host_peak_bytes,
             "phases": [asdict(phase) | {"peak_bytes": phase.peak_bytes} for phase in found.phases],
         }
-        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_result(json_file, json.dumps(figures, indent=1) + "\n")
     if plot is not None:
         from grpo.diagnostics.memory_plots import plan_figure
 
-        plot.write_bytes(plan_figure(found))
+        write_result(plot, plan_figure(found))
     show_memory_plan(found, prompts=length.source)
 
 
@@ -99,6 +100,7 @@ def memory(
     from grpo.bench.memory import measure_cases
     from grpo.bench.memory_figures import as_json, held_figures, misses
     from grpo.diagnostics.memory_tables import amount, show_memory_bench
+    from grpo.durable_files import write_result
 
     for option, path in (("--json", json_file), ("--plot", plot)):
         check_writable(option, path)
@@ -119,7 +121,7 @@ def memory(
     if plot is not None:
         from grpo.diagnostics.memory_plots import bench_figure
 
-        plot.write_bytes(bench_figure(figures["cases"]))
+        write_result(plot, bench_figure(figures["cases"]))
     show_memory_bench(figures["cases"])
     problems = misses(figures["cases"])
     if left:
@@ -130,8 +132,10 @@ def memory(
 
 
 def _write_figures(figures: dict[str, Any], path: Path | None) -> None:
+    from grpo.durable_files import write_result
+
     if path is not None:
-        path.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_result(path, json.dumps(figures, indent=1, allow_nan=False) + "\n")
 
 
 def _chosen_cases(names: list[str] | None, *, is_quick: bool) -> list[MemoryCase]:

@@ -27,13 +27,14 @@ def verify(
     from grpo.diagnostics.finding_tables import show_findings
     from grpo.diagnostics.findings import findings_as_json, worst_status
     from grpo.diagnostics.verify import verify as verified
+    from grpo.durable_files import write_result
 
     def note(text: str) -> None:
         print(f"{text} ...", file=sys.stderr)
 
     findings = verified(config, num_prompts=prompts, note=note)
-    if json_file is not None:
-        json_file.write_text(json.dumps(findings_as_json(findings), indent=1) + "\n", encoding="utf-8")
     show_findings(findings, title=f"Verify: {recipe}")
+    if json_file is not None:
+        write_result(json_file, json.dumps(findings_as_json(findings), indent=1) + "\n")
     if worst_status(findings) == "failed":
         raise typer.Exit(1)

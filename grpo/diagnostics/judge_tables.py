@@ -47,8 +47,8 @@ def show_plan(plan: Mapping[str, Any], console: Console | None = None) -> None:
         console.print(_text(f"warning: {warning}", console))
 
 
-def show_calibration(result: Mapping[str, Any], *, path: Path, console: Console | None = None) -> None:
-    """Print what `grpo.judge_runs.calibrate_judge` gives. Args: path: where it was written."""
+def show_calibration(result: Mapping[str, Any], *, path: Path | None = None, console: Console | None = None) -> None:
+    """Print what `grpo.judge_runs.calibrate_judge` gives. Args: path: where it was written, if it was."""
     console = console or Console()
     table = _table(f"Judge {result['rubric']} by {', '.join(result['models'])}", "", "", num_left=1)
     table.add_row("rows", str(result["num_rows"]))
@@ -68,7 +68,8 @@ def show_calibration(result: Mapping[str, Any], *, path: Path, console: Console 
         table.add_row(f"failed: {kind}", str(count))
     table.add_row("cost", _MISSING if result["cost"] is None else f"{result['cost']:.4g}")
     console.print(table)
-    console.print(_text(f"threshold {result['threshold']:g}; written to {path}", console))
+    written = "" if path is None else f"; written to {path}"
+    console.print(_text(f"threshold {result['threshold']:g}{written}", console))
 
 
 def _amounts(entry: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import importlib.metadata
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from grpo import metrics as names
 from grpo.diagnostics.plots import band_of, band_text, objectives_of, run_figures
 from grpo.diagnostics.printable import printable
+from grpo.durable_files import write_result
 from grpo.errors import InputError
 
 _GROUPS_SHOWN = 8
@@ -72,7 +72,7 @@ def write_report(run_dir: Path) -> Path:
         )
     )
     path = run_dir / "report.html"
-    _write_atomically(path, html.encode("utf-8", errors="replace"))  # JSON may hold half a surrogate pair
+    write_result(path, html.encode("utf-8", errors="replace"))  # JSON may hold half a surrogate pair
     return path
 
 
@@ -296,12 +296,3 @@ def _version() -> str:
         return importlib.metadata.version("grpo-toolkit")
     except importlib.metadata.PackageNotFoundError:  # a source tree that was never installed
         return "not installed"
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
+from safetensors import SafetensorError
 from tokenizers import decoders, pre_tokenizers
 from transformers.utils import logging as transformers_logging
 
@@ -92,7 +93,7 @@ def converted_folder(packaged: PackagedModel) -> Path:
     """
     try:
         return write_folder_once(packaged.folder, lambda folder: _convert(packaged.gguf_path, folder))
-    except OSError as exc:
+    except (OSError, SafetensorError) as exc:
         raise ModelError(
             f"{packaged.gguf_path} could not be converted into {packaged.folder}: {exc}. The cache must be writable "
             "and have room for the float32 weights; XDG_CACHE_HOME moves it."
