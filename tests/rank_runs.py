@@ -96,4 +96,8 @@ def check_same(ours: Path, theirs: Path) -> None:
     for mine, other in zip(*(lines_of(run / "completions.jsonl") for run in (ours, theirs)), strict=True):
         assert mine.pop("advantage") == pytest.approx(other.pop("advantage"), abs=1e-6)
         assert mine == other
+    answers, others = (
+        lines_of(run / "evaluations.jsonl") if (run / "evaluations.jsonl").exists() else [] for run in (ours, theirs)
+    )
+    assert answers == others
     assert json.loads((ours / "eval.json").read_text()) == json.loads((theirs / "eval.json").read_text())

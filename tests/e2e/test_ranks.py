@@ -63,8 +63,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPair]:
         {"prompts": {"type": "file", "path": "data.jsonl", "held_out_path": "data.jsonl", "per_step": 1}},
         {"rollout": {"group_size": 4, "max_new_tokens": 8, "top_k": 20, "resample_rounds": 2}},
         {"warmup": WARMUP},
+        {"steps": 4, "eval": {"num_prompts": 3, "every": 2}},
     ],
-    ids=["sum", "pcgrad, two windows", "one rank has nothing", "dynamic sampling", "warm-up"],
+    ids=["sum", "pcgrad, two windows", "one rank has nothing", "dynamic sampling", "warm-up", "evaluated on the way"],
 )
 def test_a_run_of_two_ranks_is_the_run_of_one(
     changes: dict[str, Any], two: RankPair, tiny_model_dir: Path, tmp_path: Path
@@ -76,6 +77,9 @@ def test_a_run_of_two_ranks_is_the_run_of_one(
     assert str(tmp_path / "together" / "metrics.jsonl") in written
     train(alone, str(tmp_path))
     check_same(tmp_path / "together", tmp_path / "alone")
+    every = together["eval"].get("every")
+    evaluated = [row["step"] for row in lines_of(tmp_path / "together" / "metrics.jsonl") if "eval/short/mean" in row]
+    assert evaluated == [step for step in range(1, together["steps"] + 1) if every and step % every == 0]
 
 
 def test_a_run_of_one_process_goes_on_in_two_and_back_again(

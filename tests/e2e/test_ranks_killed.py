@@ -97,7 +97,10 @@ def free_port() -> str:
 def pair(nurseries: Sequence[Nursery], tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """With its undisturbed run, "whole"."""
     folder = tmp_path_factory.mktemp("pair")
-    (folder / "recipe.yaml").write_text(json.dumps(recipe_of(folder, tiny_model_dir, "whole", steps=3)))
+    evaluation = {"num_prompts": 3, "every": 2}
+    (folder / "recipe.yaml").write_text(
+        json.dumps(recipe_of(folder, tiny_model_dir, "whole", steps=3, eval=evaluation))
+    )
     made = Pair(nurseries=nurseries, folder=folder)
     assert made.run("whole", learn_imports=True) == [0, 0], made.said(0)
     return made
