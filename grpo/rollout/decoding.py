@@ -244,9 +244,9 @@ class _SharedLoop:
         width = max(span[1] for span in self._spans if span is not None)
         self._cache.put_rows(place, steps, num_prompts=len(spans), prompt_width=width)
         span = spans[place // self._work.num_samples]  # [R, 3]
-        columns = torch.arange(max(width, self._cache.width), device=self._device)
+        columns = torch.arange(max(width, self._cache.where.width), device=self._device)
         of_prompt = (columns[:width] >= span[:, :1]) & (columns[:width] < span[:, 1:2])  # [R, T]
-        of_own = columns[: self._cache.width] <= steps[:, None]  # [R, S]
+        of_own = columns[: self._cache.where.width] <= steps[:, None]  # [R, S]
         logits = self._model(
             input_ids=torch.tensor([row.token_ids[-1:] for row in self._rows], device=self._device),  # [R, 1]
             attention_mask=torch.cat([of_prompt, of_own], dim=1)[:, None, None],  # [R, 1, 1, T + S]

@@ -8,6 +8,7 @@ Plugs in where transformers lets one register an attention function.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,32 +28,49 @@ class UnsupportedAttention(Exception):
     """The model asks of its attention what this one does not do."""
 
 
+def _no_rows() -> Tensor:
+    return torch.zeros(0, dtype=torch.long)
+
+
+@dataclass(slots=True, kw_only=True)
+class Places:
+    """Where the rows of the next forward pass are, one for all layers, which do not know the cache they are part of: in
+    a cycle, its memory would stay until Python looks for cycles."""
+
+    samples: int
+    """K"""
+    dtype: torch.dtype
+    place: Tensor = field(default_factory=_no_rows)
+    """[R] a row's prompt * K + its sample."""
+    steps: Tensor = field(default_factory=_no_rows)
+    """[R] the own tokens that a row has had before this step."""
+    row_numbers: Tensor = field(default_factory=_no_rows)
+    """[R] 0, 1, ..."""
+    prompt_width: int = 0
+    """Prompt tokens of the longest of the G."""
+    width: int = 0
+    """Own tokens of the longest row, this step's included."""
+    is_dense: bool = False
+    """Whether place is 0, 1, ... G * K - 1: nothing has to be moved then."""
+
+
 class SharedPrompts(Cache):
     """Keys and values of G prompts and of R rows, each row one of the K of its prompt.
 
-    `place` [R] is a row's prompt * K + its sample; `steps` [R] the own tokens that a row has had before this step. The
-    loop that owns it admits prompts, sets `steps` and `width` before each forward pass, and drops what has left.
+    The loop that owns it admits prompts, says where the rows are before each forward pass, and drops what has left.
     """
 
     def __init__(self, *, num_layers: int, samples: int, dtype: torch.dtype) -> None:
-        super().__init__(layers=[_SharedLayer(self) for _ in range(num_layers)])
-        self.samples, self.dtype = samples, dtype
-        self.place = torch.zeros(0, dtype=torch.long)
-        self.steps = torch.zeros(0, dtype=torch.long)
-        self.row_numbers = torch.zeros(0, dtype=torch.long)
-        self.prompt_width = 0
-        """Prompt tokens of the longest of the G."""
-        self.width = 0
-        """Own tokens of the longest row, this step's included."""
-        self.is_dense = False
-        """Whether place is 0, 1, ... G * K - 1: nothing has to be moved then."""
+        self.where = Places(samples=samples, dtype=dtype)
+        super().__init__(layers=[_SharedLayer(self.where) for _ in range(num_layers)])
 
     def put_rows(self, place: Tensor, steps: Tensor, *, num_prompts: int, prompt_width: int) -> None:
         """Tell where the rows are, for the next forward pass."""
-        self.place, self.steps = place, steps
-        self.row_numbers = torch.arange(len(place), device=place.device)
-        self.prompt_width, self.width = prompt_width, int(steps.max()) + 1
-        self.is_dense = len(place) == num_prompts * self.samples and bool((place == self.row_numbers).all())
+        where = self.where
+        where.place, where.steps = place, steps
+        where.row_numbers = torch.arange(len(place), device=place.device)
+        where.prompt_width, where.width = prompt_width, int(steps.max()) + 1
+        where.is_dense = len(place) == num_prompts * where.samples and bool((place == where.row_numbers).all())
 
     def admit(self, prompts: DynamicCache, slots: Sequence[int], *, num_slots: int, num_rows: int) -> None:
         """Take prompts' keys and values into `slots` of num_slots, and have room for num_rows rows."""
@@ -76,9 +94,9 @@ class _SharedLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, owner: SharedPrompts) -> None:
+    def __init__(self, where: Places) -> None:
         super().__init__()
-        self._owner = owner
+        self._where = where
         self.prompt_keys = self.prompt_values = torch.zeros(0)
         """[G, Hkv, T, D]"""
         self.own_keys = self.own_values = torch.zeros(0)
@@ -89,19 +107,19 @@ class _SharedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write this step's [R, Hkv, 1, D]; return the own [R, Hkv, width, D]."""
-        owner = self._owner
-        if owner.width > self.own_keys.shape[2]:
+        where = self._where
+        if where.width > self.own_keys.shape[2]:
             self.own_keys, self.own_values = (_widened(t, 2 * t.shape[2]) for t in (self.own_keys, self.own_values))
-        self.own_keys[owner.row_numbers, :, owner.steps] = key_states[:, :, 0].to(owner.dtype)
-        self.own_values[owner.row_numbers, :, owner.steps] = value_states[:, :, 0].to(owner.dtype)
-        return self.own_keys[:, :, : owner.width], self.own_values[:, :, : owner.width]
+        self.own_keys[where.row_numbers, :, where.steps] = key_states[:, :, 0].to(where.dtype)
+        self.own_values[where.row_numbers, :, where.steps] = value_states[:, :, 0].to(where.dtype)
+        return self.own_keys[:, :, : where.width], self.own_values[:, :, : where.width]
 
     def admit(self, keys: Tensor, values: Tensor, slots: list[int], *, num_slots: int, num_rows: int) -> None:
         """See `SharedPrompts.admit`."""
-        self.prompt_keys = _written(self.prompt_keys, keys.to(self._owner.dtype), slots, num_slots)
-        self.prompt_values = _written(self.prompt_values, values.to(self._owner.dtype), slots, num_slots)
-        self.own_keys = _with_rows(self.own_keys, keys, num_rows, self._owner.dtype)
-        self.own_values = _with_rows(self.own_values, values, num_rows, self._owner.dtype)
+        self.prompt_keys = _written(self.prompt_keys, keys.to(self._where.dtype), slots, num_slots)
+        self.prompt_values = _written(self.prompt_values, values.to(self._where.dtype), slots, num_slots)
+        self.own_keys = _with_rows(self.own_keys, keys, num_rows, self._where.dtype)
+        self.own_values = _with_rows(self.own_values, values, num_rows, self._where.dtype)
 
     def keep(self, rows: Tensor | None, prompts: Tensor | None) -> None:
         """See `SharedPrompts.keep`."""
@@ -112,7 +130,7 @@ class _SharedLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """As of a cache that was expanded."""
-        return self._owner.prompt_width + self._owner.width - 1
+        return self._where.prompt_width + self._where.width - 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As of a cache that was expanded."""
@@ -170,29 +188,29 @@ def attend(
         if options.get(name) is not None:
             raise UnsupportedAttention(f"its attention uses {name}")
     assert attention_mask is not None
-    layer = shared_prompts.layers[int(module.layer_idx)]  # pyright: ignore[reportArgumentType]
+    layer, where = shared_prompts.layers[int(module.layer_idx)], shared_prompts.where  # pyright: ignore[reportArgumentType]
     assert isinstance(layer, _SharedLayer)
-    prompt_keys = layer.prompt_keys[:, :, : shared_prompts.prompt_width]  # [G, Hkv, T, D]
-    prompt_values = layer.prompt_values[:, :, : shared_prompts.prompt_width]
+    prompt_keys = layer.prompt_keys[:, :, : where.prompt_width]  # [G, Hkv, T, D]
+    prompt_values = layer.prompt_values[:, :, : where.prompt_width]
     rows, heads, _, size = query.shape
     kv_heads = prompt_keys.shape[1]
     scaled = query[:, :, 0].to(key.dtype) * (size**-0.5 if scaling is None else scaling)
     scaled = scaled.view(rows, kv_heads, heads // kv_heads, size)  # [R, Hkv, rep, D]
     scores = torch.cat(
         [
-            _to_rows(_to_prompts(scaled, shared_prompts, len(prompt_keys)) @ prompt_keys.mT, shared_prompts),
+            _to_rows(_to_prompts(scaled, where, len(prompt_keys)) @ prompt_keys.mT, where),
             scaled @ key.mT,
         ],
         dim=-1,
     ).float()  # [R, Hkv, rep, T + S]
     weights = scores.masked_fill_(~attention_mask, -torch.inf).softmax(dim=-1).to(value.dtype)
     over_prompt, over_own = weights.split([prompt_keys.shape[2], key.shape[2]], dim=-1)
-    mixed = _to_rows(_to_prompts(over_prompt, shared_prompts, len(prompt_keys)) @ prompt_values, shared_prompts)
+    mixed = _to_rows(_to_prompts(over_prompt, where, len(prompt_keys)) @ prompt_values, where)
     mixed = mixed + over_own @ value  # [R, Hkv, rep, D]
     return mixed.to(query.dtype).reshape(rows, 1, heads, -1), None
 
 
-def _to_prompts(by_row: Tensor, where: SharedPrompts, num_prompts: int) -> Tensor:
+def _to_prompts(by_row: Tensor, where: Places, num_prompts: int) -> Tensor:
     """[R, Hkv, rep, N] -> [G, Hkv, K * rep, N], so that one product serves a prompt's K rows; 0 where no row is."""
     if not where.is_dense:
         empty = by_row.new_zeros(num_prompts * where.samples, *by_row.shape[1:])
@@ -200,7 +218,7 @@ def _to_prompts(by_row: Tensor, where: SharedPrompts, num_prompts: int) -> Tenso
     return by_row.unflatten(0, (num_prompts, where.samples)).transpose(1, 2).flatten(2, 3)
 
 
-def _to_rows(by_prompt: Tensor, where: SharedPrompts) -> Tensor:
+def _to_rows(by_prompt: Tensor, where: Places) -> Tensor:
     """The way back: [G, Hkv, K * rep, N] -> [R, Hkv, rep, N]."""
     by_row = by_prompt.unflatten(2, (where.samples, -1)).transpose(1, 2).flatten(0, 1)
     return by_row if where.is_dense else by_row[where.place]

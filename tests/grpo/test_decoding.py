@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from builders import END, encoded, make_policy
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Cache
 
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.decoding import Work
@@ -144,6 +145,18 @@ def test_groups_leave_before_the_whole_batch_is_done(policy: Policy, tiny_model_
     after_first = len(sizes)
     list(groups)
     assert after_first < len(sizes)
+
+
+def test_no_cache_outlives_its_rollout(policy: Policy, tiny_model_dir: Path) -> None:
+    engine = make_engine(policy, tiny_model_dir)
+    gc.collect()
+    gc.disable()  # whatever hangs in a cycle stays
+    try:
+        list(engine.sample(encoded(3), 2, params=PARAMS, seed=0))
+        held = [one for one in gc.get_objects() if issubclass(type(one), Cache)]
+    finally:
+        gc.enable()
+    assert held == []
 
 
 def test_no_prompts_give_no_groups(policy: Policy, tiny_model_dir: Path) -> None:
