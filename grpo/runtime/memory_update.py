@@ -16,6 +16,9 @@ CHUNK_TOKENS = 192
 PLAIN_ATTENTION_SCORES = 32 * MIB
 """Below so many, a CPU's attention holds its scores: grpo.update.shared_prefix.PLAIN_ATTENTION_SCORES."""
 
+PROMPT_TILE = 160
+"""Of a prompt's tokens, in a tile of attention: grpo.update.tiled_attention.PROMPT_TILE."""
+
 
 @dataclass(frozen=True, slots=True)
 class UpdateTerms:
@@ -96,15 +99,9 @@ class UpdateTerms:
         if not self.terms.shape.shares_prompts:
             return self._saved_attention_of_whole_rows()
         rows, shape, width = self.terms.rows, self.terms.shape, self.terms.width
-        prompt_tokens = rows.prompts * rows.prompt_tokens
         if self.is_plain_attention():
-            # completions' queries are laid out once for their prompt's keys and once for their own
-            queries = (prompt_tokens + 2 * self.own_tokens) * shape.query_size
-            keys = 2 * self.own_tokens * shape.kv_size
-            # prompts' keys and values: read in two products; views of the row where there is one prompt
-            keys += (2 * self.tokens if rows.prompts == 1 else 4 * prompt_tokens) * shape.kv_size
-            scores = self.scores() + shape.heads * prompt_tokens * rows.prompt_tokens
-            return scores * self._share_width + (queries + keys) * width
+            states = self.tokens * (shape.query_size + 2 * shape.kv_size)
+            return (self.scores() + self._prompt_scores() + states) * width
         states = 2 * self.tokens * shape.query_size  # queries, and what the kernel gives
         # a card's kernels that take a mask want a key for every query's head
         written_out = shape.kv_size if self.terms.is_cpu else shape.query_size
@@ -112,6 +109,14 @@ class UpdateTerms:
         states += 2 * (rows.rows * rows.prompt_tokens + self.own_tokens) * written_out
         mask = self.scores() // shape.heads  # as numbers
         return (states + mask) * width + self.tokens * shape.heads * FULL  # the sum of each query's exponentials
+
+    def _prompt_scores(self) -> int:
+        """Pairs of a prompt's query and a key whose scores are made: a tile's queries see those up to its last."""
+        rows = self.terms.rows
+        starts = range(0, rows.prompt_tokens, PROMPT_TILE)
+        ends = (min(start + PROMPT_TILE, rows.prompt_tokens) for start in starts)
+        pairs = sum((end - start) * end for start, end in zip(starts, ends, strict=True))
+        return self.terms.shape.heads * rows.prompts * pairs
 
     @property
     def _share_width(self) -> int:
@@ -202,9 +207,11 @@ class UpdateTerms:
     def attending(self) -> int:
         """What attention makes on its way and does not keep."""
         width, rows = self.terms.width, self.terms.rows
-        if self.is_plain_attention():  # scores, of shared prompts the parts that they are put together from, softmax
-            parts = 2 if self.terms.shape.shares_prompts else 1
-            return self.scores() * (parts * width + self._share_width)
+        if self.is_plain_attention() and not self.terms.shape.shares_prompts:  # scores, and what the softmax makes
+            return self.scores() * (width + self._share_width)
+        if self.is_plain_attention():  # the same, rounded at once, and each completion's keys behind its prompt's
+            keys = 2 * rows.rows * (rows.prompt_tokens + rows.completion_tokens) * self.terms.shape.kv_size
+            return (2 * self.scores() + keys) * width
         return 2 * rows.rows * (rows.prompt_tokens + rows.completion_tokens) * self.terms.shape.kv_size * width
 
     def update_pass(self) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Attention of a packed row, under a name of its own in transformers, by one of three kernels that agree.
 
-`plain` holds the scores whole: on a CPU the fused kernel's backward pass is several times slower for short rows.
+`plain` holds the scores whole (`tiled_attention`): on a CPU the fused kernel's backward pass is several times slower.
 `fused` is torch's `scaled_dot_product_attention`, for which a prompt's keys are written out before each completion's.
 `varlen` is flash-attn's kernel for sequences of any length, for models that came with flash-attn.
 """
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from grpo.update.packed_row import PackedRow
+from grpo.update.tiled_attention import tiled_attention
 
 ATTENTION = "grpo_packed_row"
 """The name under which transformers knows it."""
@@ -47,50 +48,9 @@ def packed_row_attention(
 
 
 def _plain(row: PackedRow, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """Scores held whole; a prompt's keys are read where they lie by all of its completions. Returns [N, heads, D]."""
-    heads = key.shape[1]
-    query = (query * scaling).unflatten(1, (heads, -1))  # [N, hk, h / hk, D]
-    (prompt_query, own_query), (prompt_key, own_key), (prompt_value, own_value) = map(row.padded, (query, key, value))
-    width = row.prompt_mask.shape[1]
-
-    def scores_of(query: Tensor, key: Tensor) -> Tensor:
-        scores = query @ key
-        return scores if softcap is None else softcap * torch.tanh(scores / softcap)
-
-    def shares_of(scores: Tensor) -> Tensor:
-        return F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
-
-    prompt_query = prompt_query.permute(0, 2, 3, 1, 4)  # [G, hk, rep, P, D]
-    rep = prompt_query.shape[2]
-    prompt_key = prompt_key.permute(0, 2, 3, 1)  # [G, hk, D, P]
-    prompt_value = prompt_value.transpose(1, 2)  # [G, hk, P, D]
-    scores = scores_of(prompt_query.flatten(2, 3), prompt_key).unflatten(2, (rep, width))  # [G, hk, rep, P, P]
-    of_prompts = shares_of(_causal(scores)).flatten(2, 3) @ prompt_value  # [G, hk, rep P, D]
-    of_prompts = of_prompts.unflatten(2, (rep, width)).permute(0, 3, 1, 2, 4)  # [G, P, hk, rep, D]
-    if row.columns == 0:
-        return row.packed(of_prompts.flatten(2, 3), own_query.flatten(3, 4))
-
-    slots, columns = row.slots, row.columns
-    own_query = own_query.permute(0, 3, 1, 4, 2, 5)  # [G, hk, R, rep, T, D]
-    own_key = own_key.permute(0, 3, 1, 4, 2)  # [G, hk, R, D, T]
-    own_value = own_value.permute(0, 3, 1, 2, 4)  # [G, hk, R, T, D]
-    to_prompt = scores_of(own_query.flatten(2, 4), prompt_key).unflatten(
-        2, (slots, rep, columns)
-    )  # [G, hk, R, rep, T, P]
-    if not bool(row.prompt_mask.all()):
-        to_prompt.masked_fill_(~row.prompt_mask[:, None, None, None, None], -torch.inf)
-    to_own = scores_of(own_query.flatten(3, 4), own_key).unflatten(3, (rep, columns))  # [G, hk, R, rep, T, T]
-    shares = shares_of(torch.cat([to_prompt, _causal(to_own)], dim=-1))
-    of_prompt, of_own = shares.split([width, columns], dim=-1)
-    attended = (of_prompt.flatten(2, 4) @ prompt_value).unflatten(2, (slots, rep, columns))
-    attended = attended + (of_own.flatten(3, 4) @ own_value).unflatten(3, (rep, columns))  # [G, hk, R, rep, T, D]
-    return row.packed(of_prompts.flatten(2, 3), attended.permute(0, 2, 4, 1, 3, 5).flatten(3, 4))
-
-
-def _causal(scores: Tensor) -> Tensor:
-    """[..., L, L] with what comes later out of sight."""
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    return scores.masked_fill_(later, -torch.inf)
+    """Scores held whole. Returns [N, heads, D]."""
+    tiles = row.tiles(heads=query.shape[1], kv_heads=key.shape[1])
+    return tiled_attention(query, key, value, tiles, scaling=scaling, softcap=softcap)
 
 
 def _fused(row: PackedRow, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None) -> Tensor:

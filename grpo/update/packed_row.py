@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.batching import MicroBatch
+from grpo.update.tiled_attention import Tiles
 
 Kernel = Literal["plain", "fused", "varlen"]
 """How it is attended to: see `packed_attention`."""
@@ -78,6 +79,8 @@ class PackedRow:
     kernel: Kernel
     sequences: Sequences | None
     """For the varlen kernel alone."""
+    _tiles: dict[tuple[int, int], Tiles] = field(default_factory=dict)
+    """By heads of queries and keys: layers that have the same share one."""
 
     @classmethod
     def of(cls, batch: MicroBatch, kernel: Kernel) -> PackedRow:
@@ -115,6 +118,19 @@ class PackedRow:
             kernel=kernel,
             sequences=Sequences.of(is_prompt.sum(dim=1), is_token.sum(dim=1)) if kernel == "varlen" else None,
         )
+
+    def tiles(self, *, heads: int, kv_heads: int) -> Tiles:
+        """For the plain kernel, of a layer with so many heads."""
+        if (heads, kv_heads) not in self._tiles:
+            self._tiles[heads, kv_heads] = Tiles.of(
+                self.places,
+                self.prompt_mask,
+                slots=self.slots,
+                columns=self.columns,
+                heads=heads,
+                kv_heads=kv_heads,
+            )
+        return self._tiles[heads, kv_heads]
 
     def padded(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """[N, h, D] -> of the prompts [G, P, h, D], of the completions [G, R, T, h, D]; 0 where there is no token."""

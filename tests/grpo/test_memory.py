@@ -26,9 +26,9 @@ from grpo.runtime.memory_hardware import GIB, Hardware, hardware_named
 from grpo.runtime.memory_model import KNOWN, ModelShape, read_shape, shape_of
 from grpo.runtime.memory_rows import Rows, count_micro_batches, largest_micro_batch
 from grpo.runtime.memory_terms import CACHE_GROWTH, PACKED_BLOCK, PREFILL_TOKENS, Terms
-from grpo.runtime.memory_update import CHUNK_TOKENS, PLAIN_ATTENTION_SCORES, UpdateTerms
+from grpo.runtime.memory_update import CHUNK_TOKENS, PLAIN_ATTENTION_SCORES, PROMPT_TILE, UpdateTerms
 from grpo.runtime.policy import Policy, dropout_off
-from grpo.update import logprobs, shared_prefix
+from grpo.update import logprobs, shared_prefix, tiled_attention
 from grpo.update.activations import Checkpointing, checkpointed
 from grpo.update.forward import policy_pass
 
@@ -104,6 +104,7 @@ def terms_of(shape: ModelShape, *, rows: Rows | None = None, width: int = 4, **c
 def test_constants_are_the_codes() -> None:
     assert CHUNK_TOKENS == logprobs.CHUNK_TOKENS
     assert PLAIN_ATTENTION_SCORES == shared_prefix.PLAIN_ATTENTION_SCORES
+    assert PROMPT_TILE == tiled_attention.PROMPT_TILE
     assert CACHE_GROWTH == shared_prompts.GROWTH
     assert PREFILL_TOKENS == decoding.PREFILL_TOKENS
     assert PACKED_BLOCK == quantization.BLOCK

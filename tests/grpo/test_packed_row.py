@@ -16,6 +16,7 @@ from grpo.batching import MicroBatch
 from grpo.update.packed_attention import packed_row_attention
 from grpo.update.packed_row import Kernel, PackedRow, Sequences
 from grpo.update.shared_prefix import kernel_for
+from grpo.update.tiled_attention import PROMPT_TILE
 
 RAGGED = [
     make_group([{"a": 1.0}, {"a": 0.0}, {"a": 0.5}], lengths=[4, 1, 3], prompt_length=2, seed=0),
@@ -26,7 +27,11 @@ EVEN = [
     make_group([{"a": 1.0}, {"a": 0.0}], lengths=[4, 4], prompt_length=3, seed=3),
 ]
 END_TOKENS = [make_group([{"a": 1.0}, {"a": 0.0}], lengths=[1, 1], prompt_length=4, seed=4)]
-ROWS = {"ragged": RAGGED, "even": EVEN, "end tokens alone": END_TOKENS}
+LONG = [  # of several tiles, the last one of another size
+    make_group([{"a": 1.0}, {"a": 0.0}], lengths=[3, 6], prompt_length=2 * PROMPT_TILE + 9, seed=5),
+    make_group([{"a": 1.0}, {"a": 0.0}], lengths=[2, 2], prompt_length=PROMPT_TILE - 2, seed=6),
+]
+ROWS = {"ragged": RAGGED, "even": EVEN, "end tokens alone": END_TOKENS, "long": LONG}
 
 
 def micro_of(rows: str) -> MicroBatch:
