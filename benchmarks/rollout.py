@@ -418,8 +418,6 @@ def main() -> None:
             print("vllm is not installed: left out")
             continue
         for name in arguments.cases:
-            if engine == "vllm" and CASES[name].is_varying:
-                continue  # its processors are loaded in vLLM's own processes, which do not see this script
             results.append(measured_apart(engine, name, is_quick=arguments.quick))
             print(f"{engine}, {name}: {results[-1].speed:.0f} tokens/s", file=sys.stderr, flush=True)
             if arguments.json is not None:
