@@ -52,7 +52,8 @@ class NonFiniteUpdate(RunStopped):
 
 
 class OutOfMemory(RunStopped):
-    """An update does not fit into memory in micro-batches of any size; no optimizer step was taken."""
+    """An update does not fit into memory in micro-batches of any size, or the sampling of a single group does not; no
+    optimizer step was taken."""
 
 
 class TooFewVerdicts(RunStopped):

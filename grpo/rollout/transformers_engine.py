@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.errors import ModelError
+from grpo.errors import ModelError, OutOfMemory
 from grpo.prompt_images import PromptImages
 from grpo.prompts import EncodedPrompt
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.decoding import Row, Work, decode_plain, decode_shared
 from grpo.rollout.model_copy import copy_merged_weights, plain_copy
 from grpo.rollout.shared_prompts import UnsupportedAttention, use_shared_prompts
+from grpo.runtime.out_of_memory import cause_of, is_out_of_memory
 from grpo.runtime.policy import Policy
 from grpo.runtime.seeding import derived_seed
 from grpo.types import Completion, RolloutGroup
@@ -98,9 +99,49 @@ class TransformersEngine:
     def sample(
         self, prompts: Sequence[EncodedPrompt], num_samples: int, *, params: SamplingParams, seed: int
     ) -> Iterator[RolloutGroup]:
-        """See `RolloutEngine.sample`."""
-        if not prompts:
-            return
+        """See `RolloutEngine.sample`. Where memory runs out, what is left goes on in half as many rows side by side; a
+        completion does not depend on that.
+
+        Raises:
+            OutOfMemory: a single group does not fit.
+        """
+        left = list(prompts)
+        while left:
+            shortage: str | None = None
+            done: set[int] = set()
+            try:
+                for number, group in self._groups(left, num_samples, params=params, seed=seed):
+                    done.add(number)
+                    yield group
+            except (RuntimeError, MemoryError) as exc:
+                if not is_out_of_memory(exc):
+                    raise
+                shortage = cause_of(exc)
+            left = [prompt for number, prompt in enumerate(left) if number not in done]
+            if shortage is not None:  # behind the handler: the error holds the tensors of what failed
+                self._halve_rows(shortage, min(self._max_rows, len(left) * num_samples), num_samples)
+
+    def _halve_rows(self, cause: str, num_rows: int, num_samples: int) -> None:
+        if num_rows <= num_samples:
+            raise OutOfMemory(
+                f"sampling ran out of memory ({cause}) on {num_samples} completions of a single prompt. `grpo plan "
+                "RECIPE` shows what takes it and what fits: a smaller rollout.max_new_tokens or rollout.group_size, "
+                "shorter prompts, or dtype=bfloat16."
+            )
+        self._max_rows = max(num_rows // 2, num_samples)
+        logger.warning(
+            "sampling ran out of memory (%s) with %d rows side by side; it goes on with %d, which changes no "
+            "completion; set rollout.max_rows=%d to begin with that",
+            cause,
+            num_rows,
+            self._max_rows,
+            self._max_rows,
+        )
+
+    def _groups(
+        self, prompts: Sequence[EncodedPrompt], num_samples: int, *, params: SamplingParams, seed: int
+    ) -> Iterator[tuple[int, RolloutGroup]]:
+        """Each with its prompt's number."""
         work = Work(
             prompts=[prompt.token_ids for prompt in prompts],
             num_samples=num_samples,
@@ -113,10 +154,11 @@ class TransformersEngine:
         assert self.shares_prompts or work.images is None, "such a model is refused where prompts may show images"
         complete: dict[int, list[Row]] = {}
         for row in self._rows(work):
-            group = complete.setdefault(row.index // num_samples, [])
+            number = row.index // num_samples
+            group = complete.setdefault(number, [])
             group.append(row)
             if len(group) == num_samples:
-                yield self._group(prompts[row.index // num_samples], group)
+                yield number, self._group(prompts[number], group)
 
     def _rows(self, work: Work) -> Iterator[Row]:
         # `generate` checks and completes the arguments, hands over to the loop, and returns what the loop returns

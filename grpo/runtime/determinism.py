@@ -14,15 +14,20 @@ from typing import Literal
 
 import torch
 
+from grpo.errors import RunStopped
+
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+_TORCH_REFUSES = "does not have a deterministic implementation"
 
 
 @contextmanager
 def determinism(kind: Literal["default", "strict"]) -> Iterator[None]:
     """Set torch as the recipe says, for the while; before the first product on a card, which reads its setting once.
 
-    strict makes torch raise RuntimeError at an operation that has no deterministic kernel: the run stops rather than
-    go on by chance.
+    strict makes torch refuse an operation that has no deterministic kernel: the run stops rather than go on by chance.
+
+    Raises:
+        RunStopped: there was such an operation.
     """
     if kind == "default":
         yield
@@ -35,6 +40,13 @@ def determinism(kind: Literal["default", "strict"]) -> Iterator[None]:
     torch.backends.cudnn.benchmark = False
     try:
         yield
+    except RuntimeError as exc:
+        if _TORCH_REFUSES not in str(exc):
+            raise
+        raise RunStopped(
+            f"determinism is strict, and {str(exc).partition(',')[0]}. With determinism=default a run on a card "
+            "repeats itself up to rounding."
+        ) from exc
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = benchmark

@@ -1,19 +1,14 @@
-"""A micro-batch that does not fit into memory: was it the allocator, and how small is the next try? Holds no tensor."""
+"""A micro-batch that does not fit into memory: how small is the next try? Holds no tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from grpo.errors import OutOfMemory
 
 MAX_HALVINGS = 8
 """In one step: then micro-batches have 1/256 of the budget, and it is something else that takes the memory."""
-_ALLOCATORS_SAY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
-_CUBLAS_SAYS = "CUBLAS_STATUS_ALLOC_FAILED"  # its workspace is not the caching allocator's
-_SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,18 +21,6 @@ class Shortage:
     """Of the micro-batch."""
     largest_tokens: int
     """Of the rank's micro-batches, padding included."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator raised it: the GPU's, or the CPU's, which has no class of its own."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in (*_ALLOCATORS_SAY, _CUBLAS_SAYS))
-
-
-def cause_of(error: BaseException) -> str:
-    """The first line of its message, which may be long."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:_SHOWN_CHARACTERS]
 
 
 def halved_budget(budget: int, shortages: Sequence[Shortage], *, num_halvings: int) -> int:

@@ -18,6 +18,7 @@ from grpo.rollout.base import SamplingParams
 from grpo.runtime.devices import check_offload
 from grpo.runtime.distributed import Ranks
 from grpo.runtime.optim import build_optimizer, learning_rate_at, offload_states, set_learning_rate
+from grpo.runtime.out_of_memory import cause_of, is_out_of_memory
 from grpo.runtime.policy import Policy, dropout_off
 from grpo.update.beta import BetaController, FixedBeta
 from grpo.update.combination import named_cosines, named_norms
@@ -26,7 +27,7 @@ from grpo.update.forward import replay_of, try_prompt_sharing
 from grpo.update.gradients import GradientWindow
 from grpo.update.host_memory import PinnedHost
 from grpo.update.non_finite import NOWHERE, first_non_finite_module
-from grpo.update.out_of_memory import Shortage, cause_of, halved_budget, is_out_of_memory
+from grpo.update.out_of_memory import Shortage, halved_budget
 from grpo.update.statistics import WindowStatistics
 from grpo.update.window_loss import MicroBatchWork, Weighing, WindowLoss
 

@@ -13,6 +13,7 @@ import torch
 from builders import END, encoded, make_policy
 from transformers import AutoTokenizer, Cache
 
+from grpo.errors import OutOfMemory
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.decoding import Work
 from grpo.rollout.transformers_engine import TransformersEngine
@@ -145,6 +146,46 @@ def test_groups_leave_before_the_whole_batch_is_done(policy: Policy, tiny_model_
     after_first = len(sizes)
     list(groups)
     assert after_first < len(sizes)
+
+
+def run_out_beyond(engine: TransformersEngine, rows: int) -> None:
+    """The allocator refuses a decoding pass over more rows."""
+
+    def refuse(_: Any, __: Any, arguments: dict[str, Any]) -> None:
+        if len(arguments["input_ids"]) > rows:
+            torch.empty(2**56, dtype=torch.uint8)
+
+    engine._model.register_forward_pre_hook(refuse, with_kwargs=True)
+
+
+def test_where_memory_runs_out_fewer_rows_go_side_by_side_and_no_completion_changes(
+    policy: Policy, tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = encoded(5)
+    expected = by_prompt(list(make_engine(policy, tiny_model_dir).sample(prompts, 2, params=PARAMS, seed=3)))
+    engine = make_engine(policy, tiny_model_dir)
+    run_out_beyond(engine, 6)
+    assert by_prompt(list(engine.sample(prompts, 2, params=PARAMS, seed=3))) == expected
+    assert ["with 10 rows" in r.getMessage() and "rollout.max_rows=5" in r.getMessage() for r in caplog.records] == [
+        True
+    ]
+    caplog.clear()
+    assert by_prompt(list(engine.sample(prompts, 2, params=PARAMS, seed=3))) == expected
+    assert caplog.records == []  # it has been learned
+
+
+def test_a_single_group_that_does_not_fit_ends_the_sampling(policy: Policy, tiny_model_dir: Path) -> None:
+    engine = make_engine(policy, tiny_model_dir)
+    run_out_beyond(engine, 1)
+    with pytest.raises(OutOfMemory, match=r"on 2 completions of a single prompt.*rollout\.group_size"):
+        list(engine.sample(encoded(3), 2, params=PARAMS, seed=3))
+
+
+def test_any_other_error_while_sampling_stays_itself(policy: Policy, tiny_model_dir: Path) -> None:
+    engine = make_engine(policy, tiny_model_dir)
+    engine._model.register_forward_pre_hook(lambda *_: torch.zeros(3) + torch.zeros(2))
+    with pytest.raises(RuntimeError, match="must match"):
+        list(engine.sample(encoded(3), 2, params=PARAMS, seed=3))
 
 
 def test_no_cache_outlives_its_rollout(policy: Policy, tiny_model_dir: Path) -> None:

@@ -18,8 +18,9 @@ from grpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from grpo.config import GradientsConfig, KlConfig, RolloutCorrectionConfig, UpdateConfig
 from grpo.errors import OutOfMemory
 from grpo.rollout.base import SamplingParams
+from grpo.runtime.out_of_memory import is_out_of_memory
 from grpo.runtime.policy import Policy
-from grpo.update.out_of_memory import MAX_HALVINGS, Shortage, halved_budget, is_out_of_memory
+from grpo.update.out_of_memory import MAX_HALVINGS, Shortage, halved_budget
 from grpo.update.step import Updater, UpdateStats
 
 GROUPS = [

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from grpo.errors import RunStopped
 from grpo.runtime.determinism import determinism
 from grpo.runtime.randomness import as_tensors, from_tensors, random_state, restore_random_state, seed_generators
 
@@ -67,3 +68,14 @@ def test_strict_is_torchs_deterministic_mode_for_the_while() -> None:
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_strict_stops_at_an_operation_without_a_deterministic_kernel() -> None:
+    with (
+        pytest.raises(RunStopped, match=r"strict, and put_ does not have .*determinism=default"),
+        determinism("strict"),
+    ):
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(RuntimeError, match="must match"), determinism("strict"):  # any other error stays itself
+        torch.zeros(3) + torch.zeros(2)
