@@ -484,7 +484,7 @@ CASES: list[Case] = [
          attempts=1),
     Case(row=37, name="the key in a reply", answers=(say_the_key,), expect=("invalid_verdict",), attempts=2),
     Case(row=38, name="two identical completions", answers=(verdict(TRUE_SCORE, delay_s=0.05),),
-         completions=("Anna", "Anna"), expect=("scored",), max_calls=1),
+         completions=("Anna", "Anna"), config={"timeout_s": 5.0, "deadline_s": 10.0}, expect=("scored",), max_calls=1),
     Case(row=42, name="the clock jumps by an hour at every look", answers=(reply(503, {}), OK), clock_jump_s=3600.0,
          expect=("scored",), attempts=2, max_wall_s=1.0),
     Case(row=43, name="budget for two of four calls", completions=FOUR, endpoint=PRICED,
