@@ -19,6 +19,10 @@ PROMPT_TILE = 160
 small."""
 
 
+SHORT_ROW = 256
+"""Scores of a query, below which they are turned into shares in float32."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Rows:
     """Rows of [N * heads, D] that a tile takes, by head of the keys, sequence, head of the queries and token."""
@@ -248,7 +252,7 @@ class _Work:
         scores = self.prompt_scores(number)
         start, end, _ = self.tiles.prompts[number]
         _hide_later(scores.view(self.batches, -1, end - start, end)[..., start:])
-        return scores.softmax(dim=-1)
+        return _softmax(scores)
 
     def own_shares(self) -> Tensor:
         """The same after the softmax."""
@@ -258,7 +262,7 @@ class _Work:
         if self.tiles.hidden is not None:
             by_row[..., :width].masked_fill_(self.tiles.hidden, -torch.inf)
         _hide_later(by_row[..., width:])
-        return scores.softmax(dim=-1)
+        return _softmax(scores)
 
     def slope_of_scores(self, slope: Tensor, shares: Tensor, scores: Any) -> Tensor:
         """Derivative by the shares -> by the scores before their cap. Args: scores: makes them again, capped."""
@@ -269,6 +273,14 @@ class _Work:
 
     def _capped(self, scores: Tensor) -> Tensor:
         return scores if self.softcap is None else scores.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension, summed in full precision. In half precision torch's kernel takes half as long where rows
+    are long, and twice as long where they are short."""
+    if scores.shape[-1] >= SHORT_ROW:
+        return scores.softmax(dim=-1)
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
 def _hide_later(scores: Tensor) -> None:
