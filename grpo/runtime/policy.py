@@ -18,6 +18,7 @@ from grpo.config import FullTrainable, TrainableConfig
 from grpo.errors import CheckpointError
 from grpo.runtime.packaged_model import quiet_transformers
 from grpo.runtime.quantization import is_packed, num_entries, written_out
+from grpo.runtime.rounding import dithered
 from grpo.runtime.trainable import adapter_parameters, lora_layers, make_trainable, plain_name
 
 if TYPE_CHECKING:
@@ -168,13 +169,15 @@ class Policy:
 
     def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name in the plain model, weight) of every parameter that training changes, in the model's order; adapters
-        are added in float32, one layer at a time."""
+        are added in float32, one layer at a time, and rounded so that bfloat16 does not swallow them."""
         layers = lora_layers(self.causal_lm)
         for name, parameter in self.causal_lm.named_parameters():
             layer = layers.get(name.removesuffix(".base_layer.weight"))
             if layer is not None:
                 delta = layer.get_delta_weight(layer.active_adapters[0])  # pyright: ignore[reportAttributeAccessIssue]
-                yield plain_name(name), (written_out(parameter).float() + delta.float()).detach()
+                base = written_out(parameter)
+                merged = (base.float() + delta.float()).detach().contiguous()
+                yield plain_name(name), dithered(merged) if base.dtype == torch.bfloat16 else merged
             elif is_packed(parameter):  # training does not change it, but packing did
                 yield plain_name(name), written_out(parameter)
             elif parameter.requires_grad and not self.is_adapters_own(name):
