@@ -80,6 +80,15 @@ def sample(
     return [groups[prompt.prompt.id] for prompt in prompts]
 
 
+def check_same_as_alone(engine: RolloutEngine, prompts: Sequence[EncodedPrompt]) -> None:
+    """The first, a middle and the last of the prompts have the tokens that they have by themselves."""
+    params = replace(PARAMS, max_new_tokens=2)
+    together = sample(engine, prompts, params, k=2)
+    for number in (0, len(prompts) // 2, len(prompts) - 1):
+        (alone,) = sample(engine, [prompts[number]], params, k=2)
+        assert [c.token_ids for c in together[number].completions] == [c.token_ids for c in alone.completions]
+
+
 def largest_gap(policy: Policy, groups: Sequence[RolloutGroup], params: SamplingParams = PARAMS) -> float:
     """Of |sampler - trainer|, in nats, over all tokens; the trainer's as the update computes them."""
     sampler, trainer, _ = compared(policy, groups, params)

@@ -17,6 +17,7 @@ from real_vllm_builders import (
     LAWS,
     PARAMS,
     check_every_temperature_and_top_p,
+    check_same_as_alone,
     disturb,
     fresh_policy,
     largest_gap,
@@ -97,11 +98,7 @@ def test_a_completion_alone_is_that_of_a_batch_of_32(engine: VllmEngine, prompts
 def test_prompts_that_do_not_fit_in_one_step_are_sampled_as_alone(
     engine: VllmEngine, too_many_prompts: list[EncodedPrompt]
 ) -> None:
-    params = replace(PARAMS, max_new_tokens=2)
-    together = sample(engine, too_many_prompts, params, k=2)
-    for number in (0, 17, 35):
-        (alone,) = sample(engine, [too_many_prompts[number]], params, k=2)
-        assert [c.token_ids for c in together[number].completions] == [c.token_ids for c in alone.completions]
+    check_same_as_alone(engine, too_many_prompts)
 
 
 def test_greedy_completions_are_transformers_own(

@@ -25,7 +25,16 @@ import pytest
 import torch
 import yaml
 from builders import full_training, make_policy
-from real_vllm_builders import END, LAWS, PARAMS, check_every_temperature_and_top_p, fresh_policy, largest_gap, sample
+from real_vllm_builders import (
+    END,
+    LAWS,
+    PARAMS,
+    check_every_temperature_and_top_p,
+    check_same_as_alone,
+    fresh_policy,
+    largest_gap,
+    sample,
+)
 from transformers import PreTrainedTokenizerBase
 
 from grpo.cli import main
@@ -226,11 +235,7 @@ def test_a_completion_alone_is_that_of_a_batch_of_32(engine: VllmServerEngine, p
 def test_prompts_that_do_not_fit_in_one_step_are_sampled_as_alone(
     engine: VllmServerEngine, too_many_prompts: list[EncodedPrompt]
 ) -> None:
-    params = replace(PARAMS, max_new_tokens=2)
-    together = sample(engine, too_many_prompts, params, k=2)
-    for number in (0, 17, 35):
-        (alone,) = sample(engine, [too_many_prompts[number]], params, k=2)
-        assert [c.token_ids for c in together[number].completions] == [c.token_ids for c in alone.completions]
+    check_same_as_alone(engine, too_many_prompts)
 
 
 def test_the_completions_of_a_group_differ(engine: VllmServerEngine, prompts: list[EncodedPrompt]) -> None:
