@@ -43,7 +43,6 @@ from transformers import (
 from grpo.config import LoraTrainable
 from grpo.prompts import EncodedPrompt
 from grpo.rollout.base import RolloutEngine, SamplingParams
-from grpo.rollout.model_copy import copy_merged_weights, plain_copy
 from grpo.rollout.processors import Prefix
 from grpo.rollout.transformers_engine import TransformersEngine
 from grpo.runtime.devices import choose_device, choose_dtype, peak_memory_bytes
@@ -247,9 +246,9 @@ def run_generate(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Run:
 
 
 def run_continuous(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Run:
-    """transformers' continuous batching on merged weights; each row a request with its own length."""
-    model: Any = plain_copy(policy)
-    copy_merged_weights(model, policy)
+    """transformers' continuous batching on the plain model, as if the adapter were merged; each row a request with its
+    own length."""
+    model: Any = load_model(MODEL, dtype=policy.compute_dtype, base_dir=Path.cwd()).eval()
 
     def run(case: Case) -> int:
         prompts = make_prompts(case, tokenizer)

@@ -105,9 +105,8 @@ class _Drawing:
 
     def draw(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
         """[N] tokens for N rows from their logits [N, V]; rows that have ended get one that nobody looks at."""
-        logits = logits.float()
         if self._processors:
-            prefix = self._prefix(rows)
+            logits, prefix = logits.float(), self._prefix(rows)
             for processor in self._processors:
                 logits = processor(logits, prefix)
         last = self._work.params.max_new_tokens - 1

@@ -1,58 +1,63 @@
-"""The engine's own copy of the policy's language model: plain layers, merged weights, no shared storage."""
+"""The engine's model beside the policy's: plain layers, merged weights, and what never changes in memory once."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grpo.errors import ModelError
 from grpo.runtime.policy import Policy
-from grpo.runtime.quantization import is_packed, written_out
+from grpo.runtime.quantization import written_out
+from grpo.runtime.trainable import lora_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def plain_copy(policy: Policy) -> PreTrainedModel:
-    """The language model without adapter layers, in the compute dtype, sharing no storage with the policy.
+def engine_model(policy: Policy) -> PreTrainedModel:
+    """The language model without adapter layers, in the compute dtype, with the policy's current weights merged.
+
+    What training does not change is shared with the policy; the rest is a copy, which `take_weights` brings up to date.
 
     Raises:
         ModelError: the model keeps a tensor where it cannot be copied from.
     """
     build: Any = type(policy.causal_lm)
     with torch.device("meta"):  # no weights yet: random ones would cost their time and twice the memory
-        blank: Any = build(copy.deepcopy(policy.causal_lm.config))
-    model: PreTrainedModel = blank.to(dtype=policy.compute_dtype).to_empty(device=policy.device)
+        model: Any = build(copy.deepcopy(policy.causal_lm.config))
     model.eval().requires_grad_(False)
-    model.tie_weights()
-    source = {name.replace(".base_layer.", "."): tensor for name, tensor in _tensors_of(policy.causal_lm)}
-    own = model.state_dict()
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(written_out(source[name]))
-        for name, buffer in policy.causal_lm.named_buffers():  # rotary frequencies are in no state dict
-            module, _, last = name.replace(".base_layer.", ".").rpartition(".")
-            setattr(model.get_submodule(module), last, buffer.clone())
+    changed = {id(layer.get_base_layer().weight) for layer in lora_layers(policy.causal_lm).values()}
+    own: dict[int, nn.Parameter] = {}
+    for name, source in policy.causal_lm.named_parameters(remove_duplicate=False):
+        if policy.is_adapters_own(name):
+            continue
+        if id(source) not in own:  # tied weights stay one
+            is_changed = source.requires_grad or id(source) in changed
+            value = written_out(source).detach().to(policy.compute_dtype, copy=is_changed)
+            own[id(source)] = nn.Parameter(value, requires_grad=False)
+        _put(model, name, own[id(source)])
+    for name, buffer in policy.causal_lm.named_buffers():  # rotary frequencies are in no state dict
+        _put(model, name, buffer.clone())
     _check_all_real(model)
+    take_weights(model, policy)
     return model
 
 
-def _tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The state dict, but with a packed weight itself, which knows what its bytes stand for."""
-    yield from model.state_dict().items()
-    yield from ((name, weight) for name, weight in model.named_parameters() if is_packed(weight))
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    """A parameter or buffer in the place of its name in the policy."""
+    path, _, last = name.replace(".base_layer.", ".").rpartition(".")
+    setattr(model.get_submodule(path), last, value)
 
 
-def copy_merged_weights(model: PreTrainedModel, policy: Policy) -> None:
-    """The policy's current weights, adapters merged in float32 and then rounded to the model's dtype."""
+@torch.no_grad()
+def take_weights(model: PreTrainedModel, policy: Policy) -> None:
+    """Into an `engine_model` of the policy, what training has changed; adapters are merged and rounded to its dtype."""
     own = dict(model.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name, weight in policy.merged_weights():
-            own[name].copy_(weight)
+    for name, weight in policy.merged_weights():
+        own[name].copy_(weight)
 
 
 def _check_all_real(model: PreTrainedModel) -> None:

@@ -22,7 +22,7 @@ from grpo.prompt_images import PromptImages
 from grpo.prompts import EncodedPrompt
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.decoding import Row, Work, decode_plain, decode_shared
-from grpo.rollout.model_copy import copy_merged_weights, plain_copy
+from grpo.rollout.model_copy import engine_model, take_weights
 from grpo.rollout.shared_prompts import UnsupportedAttention, use_shared_prompts
 from grpo.runtime.out_of_memory import cause_of, is_out_of_memory
 from grpo.runtime.policy import Policy
@@ -38,7 +38,7 @@ ROUNDED_TOLERANCE = 0.2
 
 
 class TransformersEngine:
-    """Samples in process from a copy of the model that holds the policy's weights, adapters merged.
+    """Samples in process from a model of its own that holds the policy's weights, adapters merged.
 
     Merged weights cost no adapter products per token, and sampling never touches the policy's own modules. A model
     whose cache or attention is not the plain one is decoded with its own, more slowly; one line of log says so.
@@ -53,7 +53,7 @@ class TransformersEngine:
         max_batch_tokens: int | None = None,
         image_prompt: EncodedPrompt | None = None,
     ) -> None:
-        """Copy the model, and try out how it can be decoded.
+        """Build the model, and try out how it can be decoded.
 
         Args:
             max_rows: rows decoded side by side, at least one group.
@@ -65,10 +65,9 @@ class TransformersEngine:
         """
         self._tokenizer = tokenizer
         self._max_rows, self._max_batch_tokens = max_rows, max_batch_tokens
-        self._model = plain_copy(policy)
+        self._model = engine_model(policy)
         given = self._model.config._attn_implementation
         obstacle = use_shared_prompts(self._model)
-        self.load_weights(policy)
         obstacle = obstacle or self._probe(self._probe_prompts())
         if obstacle is None and image_prompt is not None:
             obstacle = self._probe([image_prompt.token_ids] * 2, image_prompt.images)
@@ -90,10 +89,10 @@ class TransformersEngine:
 
     def load_weights(self, policy: Policy) -> None:
         """Copy the policy's current weights, adapters merged in float32 and then rounded to the engine's dtype."""
-        copy_merged_weights(self._model, policy)
+        take_weights(self._model, policy)
 
     def close(self) -> None:
-        """Free the copy of the weights."""
+        """Free the copies."""
         del self._model
 
     def sample(

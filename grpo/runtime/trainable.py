@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from grpo.config import FullPart, LoraPart, LoraTrainable, PartConfig, PartsTrainable, TrainableConfig
 from grpo.config.module_patterns import alike, matching, nearest
 from grpo.errors import ConfigError
+from grpo.runtime.adapted_product import round_once
 from grpo.runtime.model_parts import ModelParts, is_encoder_decoder, model_parts
 
 if TYPE_CHECKING:
@@ -327,6 +328,7 @@ def _with_adapter(model: PreTrainedModel, config: LoraConfig, *, seed: int, key:
     for layer in lora_layers(adapted.get_base_model()).values():
         if what := ends.get(id(layer.get_base_layer())):
             raise ConfigError(f"{key} matches {what}")
+    round_once(adapted)
     return adapted
 
 

@@ -18,7 +18,8 @@ from grpo.rollout.base import SamplingParams
 from grpo.rollout.replay import Replay, ReplayedPrompts
 from grpo.rollout.transformers_engine import PROBE_TOLERANCE, ROUNDED_TOLERANCE
 from grpo.runtime.policy import Policy, language_model_head
-from grpo.update.logprobs import Process, logprobs_under_both_laws, plain_logprobs
+from grpo.update.head import Process
+from grpo.update.logprobs import logprobs_under_both_laws, plain_logprobs
 from grpo.update.shared_prefix import can_share_prompts, predicting_states
 
 if TYPE_CHECKING:

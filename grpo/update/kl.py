@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo.update.logprobs import full_precision
+from grpo.update.head import full_precision
 
 Estimator = Literal["clamped", "k1", "k2", "k3", "k3+", "abs"]
 

@@ -5,27 +5,20 @@ Pure functions of tensors; knows no model, no batch and no penalties (`process` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from grpo.update.head import Head, Process, full_precision, plain_values, slope_of_product, values_and_slopes
 
 CHUNK_TOKENS = 192
 """Positions whose logits exist at one time."""
 
 _PRODUCT_ROWS = 8192
 """Rows of the head whose gradient is rounded to half precision at one time, before it joins the sum."""
-
-
-def full_precision(values: Tensor) -> Tensor:
-    """Float32, or float64 where the values are: sums and exponentials are never taken in half precision."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
-Process = Callable[[Tensor, Tensor], Tensor]
-"""(raw logits [C, V] float32, positions [C] into the N given) -> processed logits [C, V], before temperature."""
 
 
 def token_logprobs(
@@ -98,7 +91,7 @@ def logprobs_under_both_laws(
     if hidden.shape[0] == 0:
         empty = full_precision(hidden.new_zeros(0))
         return empty, empty, empty
-    head = _Head(
+    head = Head(
         weight=lm_head_weight,
         bias=bias,
         logit_scale=logit_scale,
@@ -127,7 +120,9 @@ def plain_logprobs(
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
     """[N] the third of `logprobs_under_both_laws` alone, to the bit, without gradient: the entropy is left out."""
-    head = _Head(
+    if len(targets) == 0:
+        return full_precision(hidden.new_zeros(0))
+    head = Head(
         weight=lm_head_weight,
         bias=bias,
         logit_scale=logit_scale,
@@ -136,12 +131,7 @@ def plain_logprobs(
         process=None,
         entropy_has_gradient=False,
     )
-    found = torch.empty(len(targets), device=hidden.device, dtype=full_precision(hidden[:0]).dtype)
-    for rows, chosen, positions in _chunks(hidden, targets, chunk_tokens):
-        law = torch.log_softmax(head.scaled(head.logits(rows)), dim=-1)  # [C, V]
-        found[positions] = law.gather(1, chosen[:, None])[:, 0]
-        del law  # before the next chunk's logits
-    return found
+    return torch.cat([plain_values(head, rows, chosen) for rows, chosen, _ in _chunks(hidden, targets, chunk_tokens)])
 
 
 def _chunks(hidden: Tensor, targets: Tensor, chunk_tokens: int) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -149,60 +139,6 @@ def _chunks(hidden: Tensor, targets: Tensor, chunk_tokens: int) -> list[tuple[Te
     positions = torch.arange(hidden.shape[0], device=hidden.device)
     parts = (values.split(chunk_tokens) for values in (hidden, targets, positions))
     return list(zip(*parts, strict=True))
-
-
-_PullBack = Callable[[Tensor], Tensor]
-"""Derivative [C, V] by a function's result -> by its argument."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Head:
-    """A language-model head with the sampling law that follows it."""
-
-    weight: Tensor
-    """[V, H]"""
-    bias: Tensor | None
-    """[V]"""
-    logit_scale: float
-    softcap: float | None
-    temperature: float
-    process: Process | None
-    entropy_has_gradient: bool
-
-    @property
-    def can_ban(self) -> bool:
-        """Whether a logit may be -inf."""
-        return self.process is not None or self.bias is not None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[C, V] raw logits. Each line is a pass over [C, V]: those that would change nothing are left out."""
-        logits = full_precision(hidden.to(self.weight.dtype) @ self.weight.T)
-        if self.bias is not None:
-            logits += self.bias  # before the scale: it belongs to the head
-        if self.logit_scale != 1:
-            logits *= self.logit_scale
-        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
-
-    def scaled(self, logits: Tensor) -> Tensor:
-        """[C, V] divided by the temperature."""
-        return logits if self.temperature == 1 else logits / self.temperature
-
-    def processed(self, logits: Tensor, positions: Tensor, *, wants_slope: bool) -> tuple[Tensor, _PullBack]:
-        """[C, V] logits of the sampling law, and the way back from a derivative by them to one by the raw logits."""
-        if self.process is None:
-            return logits, lambda slope: slope
-        with torch.set_grad_enabled(wants_slope):  # what the processors do to a derivative only they know
-            source = logits.detach().requires_grad_(wants_slope)
-            processed = self.process(source, positions)
-        return processed.detach(), lambda slope: torch.autograd.grad(processed, source, slope, retain_graph=True)[0]
-
-    def before_the_logits(self, slope: Tensor, logits: Tensor | None) -> Tensor:
-        """[C, V] derivative by the raw logits -> by hidden @ weight.T, in the weight's dtype."""
-        if self.softcap is not None:
-            assert logits is not None
-            slope = slope * (1 - (logits / self.softcap).square())
-        slope = slope if self.logit_scale == 1 else slope * self.logit_scale
-        return slope.to(self.weight.dtype)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -214,12 +150,12 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: _Head, chunk_tokens: int
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_slopes = ctx.needs_input_grad[0]
         logprobs, entropy, plain, *slopes = _gathered(
             (
-                _values_and_slopes(head, *chunk, wants_slopes=wants_slopes)
+                values_and_slopes(head, *chunk, wants_slopes=wants_slopes)
                 for chunk in _chunks(hidden, targets, chunk_tokens)
             ),
             len(hidden),
@@ -257,11 +193,11 @@ class _LearningHead(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        head: _Head,
+        head: Head,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         logprobs, entropy, plain = _gathered(
-            (_values_and_slopes(head, *chunk, wants_slopes=False) for chunk in _chunks(hidden, targets, chunk_tokens)),
+            (values_and_slopes(head, *chunk, wants_slopes=False) for chunk in _chunks(hidden, targets, chunk_tokens)),
             len(hidden),
         )
         ctx.save_for_backward(hidden, weight, bias, targets, entropy)
@@ -285,7 +221,7 @@ class _LearningHead(torch.autograd.Function):
         for (rows, chosen, positions), *upstream in zip(
             _chunks(hidden, targets, ctx.chunk_tokens), *per_row, strict=True
         ):
-            slope = _slope(head, rows, chosen, positions, *upstream)  # [C, V]
+            slope = slope_of_product(head, rows, chosen, positions, *upstream)  # [C, V]
             if of_hidden is not None:
                 of_hidden[positions] = (slope @ weight).to(hidden.dtype)
             if of_weight is not None:
@@ -321,88 +257,6 @@ def _gathered(parts: Iterable[tuple[Tensor, ...]], num_rows: int) -> tuple[Tenso
     return whole
 
 
-def _values_and_slopes(
-    head: _Head, hidden: Tensor, targets: Tensor, positions: Tensor, *, wants_slopes: bool
-) -> tuple[Tensor, ...]:
-    """One chunk's three outputs [C], and after them their derivatives [C, H]: of the law, of the plain law where it
-    differs, of the entropy where it has a gradient. None of these where no slopes are wanted."""
-    logits = head.logits(hidden)  # [C, V]
-    capped = logits if head.softcap is not None else None  # nothing else asks for them again, and they are large
-    chosen = targets[:, None]
-
-    def to_hidden(error: Tensor) -> Tensor:
-        """The chain from the scaled logits back, whose constants are left for the small side: [C, V] -> [C, H]."""
-        return full_precision(head.before_the_logits(error, capped) @ head.weight).div_(-head.temperature)
-
-    plain: Tensor | None = None
-    slopes: list[Tensor] = []
-    if head.process is not None:
-        plain_law = torch.log_softmax(head.scaled(logits), dim=-1)
-        plain = plain_law.gather(1, chosen)[:, 0]
-        if wants_slopes:
-            slopes.append(to_hidden(_error(plain_law.exp_(), chosen)))
-        del plain_law
-    processed, pull_back = head.processed(logits, positions, wants_slope=wants_slopes)
-    law = torch.log_softmax(head.scaled(processed), dim=-1)  # [C, V]
-    del logits, processed
-    logprobs = law.gather(1, chosen)[:, 0]
-    if head.can_ban:
-        law.clamp_(min=_LEAST)
-    probabilities = law.exp()  # [C, V]
-    surprise = law.mul_(probabilities)  # [C, V] in place, as all that follows: fresh memory costs as much as the sum
-    entropy = -surprise.sum(dim=-1)
-    values = logprobs, entropy, logprobs.clone() if plain is None else plain
-    if not wants_slopes:
-        return values
-    if head.entropy_has_gradient:
-        slopes.append(to_hidden(pull_back(surprise.addcmul_(probabilities, entropy[:, None]))))
-    del law, surprise
-    slopes.insert(0, to_hidden(pull_back(_error(probabilities, chosen))))
-    return *values, *slopes
-
-
-def _slope(
-    head: _Head,
-    hidden: Tensor,
-    targets: Tensor,
-    positions: Tensor,
-    of_logprobs: Tensor,
-    of_entropy: Tensor,
-    of_plain: Tensor,
-    entropy: Tensor,
-) -> Tensor:
-    """[C, V] one chunk's gradient by hidden @ weight.T, in the weight's dtype, from those [C] by its outputs."""
-    logits = head.logits(hidden)  # [C, V]
-    chosen = targets[:, None]
-    if head.process is None:
-        of_logprobs = of_logprobs + of_plain
-
-    def weighted(gradient: Tensor) -> Tensor:
-        """[C, 1]"""
-        return (gradient / -head.temperature)[:, None]
-
-    plain: Tensor | None = None
-    if head.process is not None:
-        plain = _error(torch.softmax(head.scaled(logits), dim=-1), chosen).mul_(weighted(of_plain))
-    processed, pull_back = head.processed(logits, positions, wants_slope=True)
-    scaled = head.scaled(processed)
-    capped = logits if head.softcap is not None else None
-    del logits, processed
-    error = _error(torch.softmax(scaled, dim=-1), chosen).mul_(weighted(of_logprobs))
-    if head.entropy_has_gradient:
-        law = torch.log_softmax(scaled, dim=-1).clamp_(min=_LEAST)
-        error += law.exp() * (law + entropy[:, None]) * weighted(of_entropy)
-    del scaled
-    slope = pull_back(error)
-    return head.before_the_logits(slope if plain is None else plain.add_(slope), capped)
-
-
-def _error(probabilities: Tensor, chosen: Tensor) -> Tensor:
-    """[C, V] minus the derivative of the chosen log-probability by the logits: every token's probability, less 1 at
-    the chosen one. Overwrites the probabilities."""
-    return probabilities.scatter_add_(1, chosen, -torch.ones_like(probabilities[:, :1]))
-
-
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, each product rounded to the factors' dtype, the sum to that of the total."""
     if total.dtype == left.dtype:
@@ -414,7 +268,3 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _wide(values: Tensor) -> torch.dtype:
     return torch.promote_types(values.dtype, torch.float32)
-
-
-_LEAST = -1e4
-"""Log-probability of a dropped token, instead of -inf: its exp is 0 as well, and 0 times it is 0."""

@@ -13,7 +13,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from grpo.update.logprobs import full_precision
+from grpo.update.head import full_precision
 
 Variant = Literal["dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo", "sapo"]
 Reduction = Literal["tokens", "rows", "max_tokens"]

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from grpo.update.logprobs import full_precision
+from grpo.update.head import full_precision
 from grpo.update.losses import MAX_LOG_RATIO
 
 

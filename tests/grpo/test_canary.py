@@ -22,14 +22,8 @@ PARAMS = SamplingParams(end_token_ids=(END,), max_new_tokens=12)
 class StaleEngine(TransformersEngine):
     """Its syncs do nothing: it samples from the first weights for ever."""
 
-    def __init__(self, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._has_weights = False
-        super().__init__(policy, tokenizer)
-
     def load_weights(self, policy: Policy) -> None:
-        if not self._has_weights:
-            super().load_weights(policy)
-        self._has_weights = True
+        pass
 
 
 class StickyEngine(TransformersEngine):
@@ -41,7 +35,7 @@ class StickyEngine(TransformersEngine):
 
     def load_weights(self, policy: Policy) -> None:
         self._num_syncs += 1
-        if self._num_syncs <= 3:  # the constructor's, the true weights, the disturbed ones
+        if self._num_syncs <= 2:  # the true weights, the disturbed ones
             super().load_weights(policy)
 
 

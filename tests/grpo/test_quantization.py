@@ -16,7 +16,7 @@ from grpo.config import LoraTrainable
 from grpo.errors import ConfigError
 from grpo.recipe_loader import load_recipe
 from grpo.rollout.base import SamplingParams
-from grpo.rollout.model_copy import copy_merged_weights, plain_copy
+from grpo.rollout.model_copy import engine_model, take_weights
 from grpo.runtime.policy import Policy
 from grpo.runtime.quantization import check_quantization, is_packed, num_entries, quantize, written_out
 from grpo.update.forward import policy_pass, reference_logprobs
@@ -105,8 +105,8 @@ def test_adapters_over_packed_weights_learn_and_the_engine_has_the_same_model(
     assert torch.equal(reference_logprobs(policy, micro, params), reference)
     for now, before in zip((p for p in policy.model.parameters() if is_packed(p)), packed_before, strict=True):
         assert torch.equal(now.detach(), before)
-    engine = plain_copy(policy)
-    copy_merged_weights(engine, policy)
+    engine = engine_model(policy)
+    take_weights(engine, policy)
     assert not any(is_packed(parameter) for parameter in engine.parameters())
     merged = Policy(engine.requires_grad_(True), LoraTrainable(rank=1), seed=0)  # its own adapter is 0
     difference = (policy_pass(merged, micro, params).plain_logprobs.detach() - after)[micro.completion_mask]

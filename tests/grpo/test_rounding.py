@@ -9,8 +9,8 @@ import torch
 from builders import make_policy
 from torch import Tensor
 
-from grpo.rollout.model_copy import copy_merged_weights, plain_copy
 from grpo.runtime.rounding import dithered
+from grpo.runtime.trainable import lora_layers
 
 
 def share_kept(before: Tensor, delta: Tensor, after: Tensor) -> float:
@@ -40,21 +40,18 @@ def test_a_value_goes_to_a_neighbour_always_the_same_and_one_on_the_grid_stays()
     assert bool(dithered(torch.tensor([torch.nan])).isnan())
 
 
-def test_an_engines_copy_has_the_adapter_of_one_small_step(tiny_model_dir: Path) -> None:
+def test_merged_weights_have_the_adapter_of_one_small_step(tiny_model_dir: Path) -> None:
     policy = make_policy(tiny_model_dir, dtype=torch.bfloat16)
-    engine = plain_copy(policy)
-    before = {name: weight.clone() for name, weight in engine.named_parameters()}
+    before = {name: weight.clone() for name, weight in policy.merged_weights()}
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in policy.trainable_parameters().items():
             if "lora_B" in name:  # what AdamW's first step at 2e-4 makes of zeros
                 parameter.copy_(2e-4 * torch.randn(parameter.shape, generator=generator).sign())
-    copy_merged_weights(engine, policy)
+    after = dict(policy.merged_weights())
     kept, whole = 0.0, 0.0
-    for name, layer in policy.causal_lm.named_modules():
-        if hasattr(layer, "get_delta_weight"):
-            delta = layer.get_delta_weight("default").detach()  # pyright: ignore[reportCallIssue]
-            after = engine.get_parameter(f"{name}.weight")
-            kept += float(((after.float() - before[f"{name}.weight"].float()) * delta).sum())
-            whole += float(delta.square().sum())
+    for name, layer in lora_layers(policy.causal_lm).items():
+        delta = layer.get_delta_weight("default").detach()  # pyright: ignore[reportAttributeAccessIssue]
+        kept += float(((after[f"{name}.weight"].float() - before[f"{name}.weight"].float()) * delta).sum())
+        whole += float(delta.square().sum())
     assert kept / whole == pytest.approx(1.0, abs=0.1)

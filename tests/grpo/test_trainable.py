@@ -19,7 +19,7 @@ from grpo.batching import TrainBatch
 from grpo.config import FullPart, FullTrainable, LoraPart, LoraTrainable, PartConfig, PartsTrainable
 from grpo.diagnostics.gradflow import gradient_flow
 from grpo.errors import CheckpointError, ConfigError
-from grpo.rollout.model_copy import copy_merged_weights, plain_copy
+from grpo.rollout.model_copy import engine_model, take_weights
 from grpo.rollout.vllm_sync import choose_sync, whole_weights
 from grpo.runtime.model_parts import is_encoder_decoder, model_parts
 from grpo.runtime.models import load_model
@@ -296,10 +296,10 @@ def test_after_a_warm_up_the_reference_is_where_it_ended(tiny_model_dir: Path, t
 )
 def test_merged_weights_answer_as_the_policy_does(trainable: PartsTrainable, tiny_model_dir: Path) -> None:
     policy = make_policy(tiny_model_dir, trainable=trainable)
-    plain = plain_copy(policy)
+    plain = engine_model(policy)
     stepped(policy)
     assert not torch.allclose(logits_of(plain), logits_of(policy.causal_lm), atol=1e-4)
-    copy_merged_weights(plain, policy)
+    take_weights(plain, policy)
     assert torch.allclose(logits_of(plain), logits_of(policy.causal_lm), atol=1e-5)
     other = load_model(str(tiny_model_dir), dtype=torch.float32, base_dir=tiny_model_dir)
     missing, strange = other.load_state_dict(dict(whole_weights(policy, torch.float32)), strict=False)
@@ -309,11 +309,11 @@ def test_merged_weights_answer_as_the_policy_does(trainable: PartsTrainable, tin
 
 def test_merged_weights_of_a_projector_and_adapters_answer_as_the_policy_does() -> None:
     policy = Policy(make_llava(), PROJECTOR_AND_LANGUAGE, seed=0)
-    plain = plain_copy(policy)
+    plain = engine_model(policy)
     for _ in range(2):
         nudged_by_gradient(policy, llava_loss(policy.model))
     assert not torch.allclose(llava_logits(plain), llava_logits(policy.causal_lm), atol=1e-4)
-    copy_merged_weights(plain, policy)
+    take_weights(plain, policy)
     assert torch.allclose(llava_logits(plain), llava_logits(policy.causal_lm), atol=1e-5)
     assert {name for name, _ in policy.merged_weights()} == {
         *(f"{PROJECTOR}.linear_{number}.{kind}" for number in (1, 2) for kind in ("weight", "bias")),
@@ -364,7 +364,7 @@ def test_a_saved_policy_is_taken_back_to_the_bit_and_loads_without_the_toolkit(
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     loaded = load_parts(load_model(str(tiny_model_dir), dtype=torch.float32, base_dir=tiny_model_dir), tmp_path)
-    assert torch.equal(logits_of(loaded), logits_of(policy.causal_lm))
+    assert torch.allclose(logits_of(loaded), logits_of(policy.causal_lm), atol=1e-6)  # peft adds in another order
 
 
 def test_a_folder_with_parts_is_not_taken_for_an_adapter_alone(tiny_model_dir: Path, tmp_path: Path) -> None:
