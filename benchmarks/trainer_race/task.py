@@ -37,8 +37,8 @@ class Case:
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Ours: two groups, prompts computed once. More are faster, and take more than half of TRL's memory."""
-        return 2 * (self.prompt_tokens + 2 + self.group_size * self.new_tokens)
+        """Ours: four groups, prompts computed once. More are faster, and take more than half of TRL's memory."""
+        return 4 * (self.prompt_tokens + 2 + self.group_size * self.new_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from grpo.rollout.drawing import draw_tokens
 from grpo.rollout.processors import Prefix, Processor, build_processors, right_padded
 from grpo.rollout.shared_prompts import SharedPrompts
 from grpo.runtime.image_inputs import prompt_inputs
+from grpo.update.filling import filler
 
 COMPACT_FRACTION = 1 / 8
 """Ended rows whose room nobody waits for leave when they are at least this share: leaving copies the cache."""
@@ -160,7 +161,7 @@ class _SharedLoop:
         while self._waiting or self._rows:
             live = self._live()
             if admitted := self._next_prompts(live):
-                self._drop_ended(live)
+                self._drop_ended(live, len(admitted) * self._work.num_samples)
                 for prompts in self._prefill_turns(admitted):
                     yield from self._prefill(prompts)
                 live = self._live()
@@ -187,14 +188,18 @@ class _SharedLoop:
         count = max(PREFILL_TOKENS // len(self._work.prompts[prompts[0]]), 1)  # the first is the longest
         yield from (prompts[start : start + count] for start in range(0, len(prompts), count))
 
-    def _drop_ended(self, live: Sequence[int]) -> None:
-        """Only live rows stay; prompts without any free their slots, and leave when half the slots are free."""
+    def _drop_ended(self, live: Sequence[int], num_new: int = 0) -> None:
+        """Live rows stay, and of the others a few for the sake of their number, if there is room for them; prompts
+        without any free their slots, and leave when half the slots are free. Args: num_new: rows about to come."""
         k = self._work.num_samples
         if not live:
             self._rows, self._places, self._spans, self._cache = [], [], [], self._empty_cache()
             return
-        rows = None if len(live) == len(self._rows) else torch.tensor(live, device=self._device)
-        self._rows, self._places = [self._rows[n] for n in live], [self._places[n] for n in live]
+        ended = sorted(set(range(len(self._rows))).difference(live))
+        count = len(live) + num_new
+        kept = sorted([*live, *ended[: max(min(filler(count), self._work.max_rows - count), 0)]])
+        rows = None if len(kept) == len(self._rows) else torch.tensor(kept, device=self._device)
+        self._rows, self._places = [self._rows[n] for n in kept], [self._places[n] for n in kept]
         used = sorted({place // k for place in self._places})
         self._spans = [span if slot in used else None for slot, span in enumerate(self._spans)]
         slots = None
@@ -208,7 +213,9 @@ class _SharedLoop:
     def _prefill(self, prompts: Sequence[int]) -> Iterator[Row]:
         """Compute the prompts, give them slots, draw their rows' first tokens."""
         k = self._work.num_samples
-        ids, mask = (t.to(self._device) for t in left_padded([self._work.prompts[prompt] for prompt in prompts]))
+        texts = [self._work.prompts[prompt] for prompt in prompts]
+        width = max(map(len, texts))
+        ids, mask = (t.to(self._device) for t in left_padded(texts, width=width + filler(width)))
         given = prompt_inputs(self._model, ids, mask, self._work.images_of(prompts))
         computed = DynamicCache(config=self._model.config)
         logits = self._model(
@@ -311,9 +318,10 @@ def _plain_turn(model: PreTrainedModel, work: Work, turn: Sequence[int]) -> Iter
             text, rows = text[kept], [rows[number] for number in live]
 
 
-def left_padded(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """[P, T] token ids and mask; left, so that every row's next token comes at the same place."""
-    width = max(len(sequence) for sequence in sequences)
+def left_padded(sequences: Sequence[Sequence[int]], *, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """[P, T] token ids and mask; left, so that every row's next token comes at the same place. Args: width: T, where it
+    is not the longest's."""
+    width = width or max(len(sequence) for sequence in sequences)
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros(len(sequences), width, dtype=torch.long)
     for row, sequence in enumerate(sequences):

@@ -23,6 +23,8 @@ CACHE_GROWTH = 32
 """Own tokens of a decoded row at first, then doubled: grpo.rollout.shared_prompts.GROWTH."""
 PREFILL_TOKENS = 8192
 """Prompt tokens that go through the engine's model at once: grpo.rollout.decoding.PREFILL_TOKENS."""
+DRAWN_ROWS = 16
+"""Rows that a CPU draws for at a time: grpo.rollout.drawing.CACHED_ROWS."""
 FULL = 4
 """Bytes of a number in full precision."""
 PACKED_BLOCK = 64
@@ -109,8 +111,31 @@ class Terms:
         return warmed + self.width * self.in_full
 
     def engine_copy(self) -> int:
-        """The engine's own weights, merged; a server's are not in this process."""
-        return 0 if self.config.rollout.engine.type == "vllm_server" else self.width * self.shape.parameters
+        """The engine's own weights: vLLM's are all its own, ours those that training changes, and what is not packed of
+        the policy's; a server's are not in this process."""
+        engine, shape, trainable = self.config.rollout.engine.type, self.shape, self.config.trainable
+        if engine == "vllm_server":
+            return 0
+        if engine == "vllm" or self.is_full:
+            return self.width * shape.parameters
+        parts = self.learning_parts
+        adapted = parts.linears if parts else shape.adapted(trainable) if isinstance(trainable, LoraTrainable) else ()
+        merged = shape.layers * sum(linear.inputs * linear.outputs for linear in adapted)
+        return self.width * max(min(merged + self.in_full, shape.parameters), self.packed)
+
+    @property
+    def has_filters(self) -> bool:
+        """Tokens are dropped before one is drawn."""
+        rollout = self.config.rollout
+        return rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
+
+    @property
+    def has_processors(self) -> bool:
+        """Logits are changed before that."""
+        rollout = self.config.rollout
+        penalties = rollout.presence_penalty, rollout.frequency_penalty, rollout.repetition_penalty - 1
+        others = rollout.min_new_tokens, rollout.no_repeat_ngram, rollout.banned, rollout.processors
+        return any(penalties) or any(others)
 
     def gradients(self) -> int:
         """Of the window."""
@@ -160,7 +185,10 @@ class Terms:
         width = FULL if self.is_cpu else self.width
         per_token = 2 * shape.kv_size * width  # of one layer
         prompts = rows // rollout.group_size
-        logits = 5 * rows * shape.vocabulary * FULL  # raw, scaled, sorted, and the sums of probabilities
+        # raw, scaled, sorted, and the sums of probabilities: on a CPU of a few rows at a time
+        drawn = min(rows, DRAWN_ROWS) if self.is_cpu else rows
+        logits = (5 * drawn * FULL + rows * self.width) * shape.vocabulary
+        logits += 2 * rows * shape.vocabulary * FULL if self.has_processors else 0
         if not shape.shares_prompts:
             tokens = rows * (self.rows.prompt_tokens + rollout.max_new_tokens)
             prefill = rows * self.rows.prompt_tokens

@@ -13,6 +13,8 @@ from grpo.runtime.memory_terms import FULL, MIB, Terms
 
 CHUNK_TOKENS = 192
 """Positions whose logits exist at one time: grpo.update.logprobs.CHUNK_TOKENS."""
+CACHED_ROWS = 8
+"""Of them in full precision on a CPU: grpo.update.head.CACHED_ROWS."""
 PLAIN_ATTENTION_SCORES = 32 * MIB
 """Below so many, a CPU's attention holds its scores: grpo.update.shared_prefix.PLAIN_ATTENTION_SCORES."""
 
@@ -191,10 +193,19 @@ class UpdateTerms:
         """The last hidden states that predict, gathered for the head."""
         return 2 * self.terms.rows.loss_tokens * self.terms.shape.hidden * FULL
 
-    def logits(self, *, has_filters: bool) -> int:
-        """A chunk of them: raw and normalised; a filter sorts them and keeps sums and places."""
-        chunk = min(CHUNK_TOKENS, self.terms.rows.loss_tokens) * self.terms.shape.vocabulary
-        return chunk * (2 * FULL + (28 if has_filters else 0))
+    def logits(self, *, replays: bool) -> int:
+        """A chunk of them as they come and, in full precision, raw and normalised; a filter sorts them and keeps sums
+        and places. On a CPU what follows the product goes a few rows at a time, unless the law has processors or
+        filters. Args: replays: the sampling law, not logits / temperature alone."""
+        terms, vocabulary = self.terms, self.terms.shape.vocabulary
+        rows = min(CHUNK_TOKENS, terms.rows.loss_tokens)
+        changes = replays and (terms.has_filters or terms.has_processors)
+        in_full = 2 * FULL + (28 if replays and terms.has_filters else 0)
+        if replays and terms.trains_head:  # its gradient's turn: the whole chunk again, in full precision as it comes
+            return vocabulary * rows * in_full
+        at_once = rows if changes or not terms.is_cpu else min(rows, CACHED_ROWS)
+        slopes = 2 if changes else 1  # by the law, and by the one without processors, in the places of products
+        return vocabulary * (rows * slopes * terms.width + at_once * in_full)
 
     def reference_pass(self) -> int:
         """One micro-batch through the reference: one block at a time, then the head."""
@@ -202,7 +213,7 @@ class UpdateTerms:
         # queries before and after they are turned, keys and values, the residual and what is normed
         attention = self.tokens * 2 * (shape.query_size + shape.kv_size + shape.hidden) * width
         attention += self.attending()
-        return max(self.terms.block_forward(self.tokens), attention, self.states() + self.logits(has_filters=False))
+        return max(self.terms.block_forward(self.tokens), attention, self.states() + self.logits(replays=False))
 
     def attending(self) -> int:
         """What attention makes on its way and does not keep."""
@@ -227,9 +238,8 @@ class UpdateTerms:
 
     def moments(self) -> dict[str, int]:
         """What is there beyond what stays, at each moment that can be the peak."""
-        shape, rollout, width = self.terms.shape, self.terms.config.rollout, self.terms.width
+        shape, width = self.terms.shape, self.terms.width
         saved, states = self.saved_on_device(), self.states()
-        has_filters = rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0
         head_gradient = FULL * shape.head_parameters if self.terms.trains_head else 0
         # a frozen head's slopes; of one that learns, its input, the gradient by it, and that by the states
         head_slopes = self.terms.rows.loss_tokens * shape.hidden * FULL * (3 if self.terms.trains_head else 1)
@@ -241,11 +251,7 @@ class UpdateTerms:
         of_forward = self.weight_copies() * self.recomputed_layers // shape.layers
         found = {
             "the forward pass's end": saved + of_forward + states // 2,
-            "the head and its logits": saved
-            + states
-            + head_slopes
-            + head_gradient
-            + self.logits(has_filters=has_filters),
+            "the head and its logits": saved + states + head_slopes + head_gradient + self.logits(replays=True),
             "the backward pass": saved + head_gradient + backward - freed,
             "the gradients": own_gradient + 3 * head_gradient,
         }

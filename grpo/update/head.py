@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from grpo.update.filling import filler
 
 CACHED_ROWS = 8
 """Rows of logits that a CPU goes through at a time: 1.5 MB of 49,152 of them."""
@@ -49,13 +52,14 @@ class Head:
         return self.process is not None or self.bias is not None
 
     def product(self, hidden: Tensor) -> Tensor:
-        """[C, V] hidden @ weight.T, in the weight's dtype."""
-        return hidden.to(self.weight.dtype) @ self.weight.T
+        """[C', V] hidden @ weight.T, in the weight's dtype; on a CPU with rows of 0 behind the C."""
+        behind = filler(len(hidden)) if hidden.device.type == "cpu" else 0
+        return F.pad(hidden.to(self.weight.dtype), (0, 0, 0, behind)) @ self.weight.T
 
-    def blocks(self, product: Tensor) -> Iterator[slice]:
+    def blocks(self, hidden: Tensor) -> Iterator[slice]:
         """Rows that are gone through at a time. A card, and processors, want all at once."""
-        size = len(product) if self.process is not None or product.device.type != "cpu" else CACHED_ROWS
-        return (slice(start, start + size) for start in range(0, len(product), size))
+        size = len(hidden) if self.process is not None or hidden.device.type != "cpu" else CACHED_ROWS
+        return (slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size))
 
     def logits(self, product: Tensor) -> Tensor:
         """[R, V] raw logits. Each line is a pass over [R, V]: those that would change nothing are left out. Overwrites
@@ -90,10 +94,10 @@ class Head:
 
 def plain_values(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     """[C] log-probabilities of the targets under logits / temperature."""
-    product = head.product(hidden)  # [C, V]
+    product = head.product(hidden)  # [C', V]
     found = [
         torch.log_softmax(head.scaled(head.logits(product[rows])), dim=-1).gather(1, targets[rows, None])[:, 0]
-        for rows in head.blocks(product)
+        for rows in head.blocks(hidden)
     ]
     return torch.cat(found)
 
@@ -103,12 +107,12 @@ def values_and_slopes(
 ) -> tuple[Tensor, ...]:
     """One chunk's three outputs [C], and after them their derivatives [C, H]: of the law, of the plain law where it
     differs, of the entropy where it has a gradient. None of these where no slopes are wanted."""
-    product = head.product(hidden)  # [C, V]
+    product = head.product(hidden)  # [C', V]
     wanted = 1 + (head.process is not None) + head.entropy_has_gradient if wants_slopes else 0
     # a block's first derivative takes the place of what its logits were made of
     derivatives = [product, *(torch.empty_like(product) for _ in range(wanted - 1))][:wanted]
     values: list[tuple[Tensor, Tensor, Tensor]] = []
-    for rows in head.blocks(product):
+    for rows in head.blocks(hidden):
         found, errors = _values_and_errors(
             head, product[rows], targets[rows, None], positions[rows], wants_errors=wants_slopes
         )
@@ -117,7 +121,7 @@ def values_and_slopes(
             place[rows] = error
         del errors  # before the next block's
     # the constants of the chain are left for the small side
-    slopes = (full_precision(one @ head.weight).div_(-head.temperature) for one in derivatives)
+    slopes = (full_precision((one @ head.weight)[: len(hidden)]).div_(-head.temperature) for one in derivatives)
     return *(torch.cat(parts) for parts in zip(*values, strict=True)), *slopes
 
 
@@ -167,7 +171,7 @@ def slope_of_product(
     entropy: Tensor,
 ) -> Tensor:
     """[C, V] one chunk's gradient by the product, in the weight's dtype, from those [C] by its outputs."""
-    logits = head.logits(head.product(hidden))  # [C, V]
+    logits = head.logits(head.product(hidden)[: len(hidden)])  # [C, V]
     chosen = targets[:, None]
     if head.process is None:
         of_logprobs = of_logprobs + of_plain

@@ -50,7 +50,9 @@ def packed_row_attention(
 def _plain(row: PackedRow, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None) -> Tensor:
     """Scores held whole. Returns [N, heads, D]."""
     tiles = row.tiles(heads=query.shape[1], kv_heads=key.shape[1])
-    return tiled_attention(query, key, value, tiles, scaling=scaling, softcap=softcap)
+    query, key, value = (states[: len(row.places)] for states in (query, key, value))
+    found = tiled_attention(query, key, value, tiles, scaling=scaling, softcap=softcap)
+    return F.pad(found, (0, 0, 0, 0, 0, row.token_ids.shape[1] - len(found)))
 
 
 def _fused(row: PackedRow, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.batching import MicroBatch
+from grpo.update.filling import filler
 from grpo.update.tiled_attention import Tiles
 
 Kernel = Literal["plain", "fused", "varlen"]
@@ -63,9 +64,9 @@ class PackedRow:
     """
 
     token_ids: Tensor
-    """[1, N]"""
+    """[1, N'], the N tokens and what fills up, which attends to nothing and predicts nothing."""
     position_ids: Tensor
-    """[1, N]"""
+    """[1, N']"""
     places: Tensor
     """[N] the padded place of each token, ascending."""
     predicting: Tensor
@@ -107,9 +108,12 @@ class PackedRow:
         own = in_row[groups * width :].view(groups * slots, columns)[slot]  # [B, T]
         prompt_positions = torch.arange(width, device=device).expand(groups, -1)
         positions = is_prompt.sum(dim=1)[batch.prompt_of_row][:, None] + torch.arange(columns, device=device)  # [B, T]
+        token_ids = torch.cat([batch.prompt_ids[is_prompt], in_slots(batch.completion_ids[:, :-1])[is_token]])
+        position_ids = torch.cat([prompt_positions[is_prompt], in_slots(positions)[is_token]])
+        behind = filler(len(places)) if kernel == "plain" else 0  # the CPU's
         return cls(
-            token_ids=torch.cat([batch.prompt_ids[is_prompt], in_slots(batch.completion_ids[:, :-1])[is_token]])[None],
-            position_ids=torch.cat([prompt_positions[is_prompt], in_slots(positions)[is_token]])[None],
+            token_ids=F.pad(token_ids, (0, behind))[None],
+            position_ids=F.pad(position_ids, (0, behind))[None],
             places=places,
             predicting=torch.cat([last[batch.prompt_of_row][:, None], own], dim=1),
             prompt_mask=is_prompt,

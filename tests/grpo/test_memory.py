@@ -17,7 +17,7 @@ from grpo.batching import MicroBatch
 from grpo.config import RunConfig
 from grpo.errors import ConfigError, ModelError
 from grpo.recipe_loader import parse_recipe
-from grpo.rollout import decoding, shared_prompts
+from grpo.rollout import decoding, drawing, shared_prompts
 from grpo.rollout.base import SamplingParams
 from grpo.runtime import quantization
 from grpo.runtime.memory import plan
@@ -25,10 +25,10 @@ from grpo.runtime.memory_changes import changed
 from grpo.runtime.memory_hardware import GIB, Hardware, hardware_named
 from grpo.runtime.memory_model import KNOWN, ModelShape, read_shape, shape_of
 from grpo.runtime.memory_rows import Rows, count_micro_batches, largest_micro_batch
-from grpo.runtime.memory_terms import CACHE_GROWTH, PACKED_BLOCK, PREFILL_TOKENS, Terms
-from grpo.runtime.memory_update import CHUNK_TOKENS, PLAIN_ATTENTION_SCORES, PROMPT_TILE, UpdateTerms
+from grpo.runtime.memory_terms import CACHE_GROWTH, DRAWN_ROWS, PACKED_BLOCK, PREFILL_TOKENS, Terms
+from grpo.runtime.memory_update import CACHED_ROWS, CHUNK_TOKENS, PLAIN_ATTENTION_SCORES, PROMPT_TILE, UpdateTerms
 from grpo.runtime.policy import Policy, dropout_off
-from grpo.update import logprobs, shared_prefix, tiled_attention
+from grpo.update import head, logprobs, shared_prefix, tiled_attention
 from grpo.update.activations import Checkpointing, checkpointed
 from grpo.update.forward import policy_pass
 
@@ -103,6 +103,8 @@ def terms_of(shape: ModelShape, *, rows: Rows | None = None, width: int = 4, **c
 
 def test_constants_are_the_codes() -> None:
     assert CHUNK_TOKENS == logprobs.CHUNK_TOKENS
+    assert CACHED_ROWS == head.CACHED_ROWS
+    assert DRAWN_ROWS == drawing.CACHED_ROWS
     assert PLAIN_ATTENTION_SCORES == shared_prefix.PLAIN_ATTENTION_SCORES
     assert PROMPT_TILE == tiled_attention.PROMPT_TILE
     assert CACHE_GROWTH == shared_prompts.GROWTH
@@ -266,7 +268,8 @@ def test_what_a_lora_run_holds_worked_by_hand() -> None:
     assert phases["update"].held == {
         "policy": 2 * weights + 4 * 39_976_960,
         "gradients and moments": 3 * 4 * 39_976_960,
-        "engine": 2 * weights,
+        # of the engine's own, the merged ones: 7 of 32 blocks
+        "engine": 2 * 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008),
     }
     assert phases["load"].host_bytes == 2 * weights
 
