@@ -21,8 +21,8 @@ from grpo.rollout.base import SamplingParams
 from grpo.rollout.drawing import draw_tokens
 from grpo.rollout.processors import Prefix, Processor, build_processors, right_padded
 from grpo.rollout.shared_prompts import SharedPrompts
+from grpo.runtime.filling import filler
 from grpo.runtime.image_inputs import prompt_inputs
-from grpo.update.filling import filler
 
 COMPACT_FRACTION = 1 / 8
 """Ended rows whose room nobody waits for leave when they are at least this share: leaving copies the cache."""
@@ -185,19 +185,17 @@ class _SharedLoop:
         return admitted
 
     def _prefill_turns(self, prompts: Sequence[int]) -> Iterator[Sequence[int]]:
-        count = max(PREFILL_TOKENS // len(self._work.prompts[prompts[0]]), 1)  # the first is the longest
+        count = max(PREFILL_TOKENS // self._filled_width(prompts), 1)
         yield from (prompts[start : start + count] for start in range(0, len(prompts), count))
 
     def _drop_ended(self, live: Sequence[int], num_new: int = 0) -> None:
-        """Live rows stay, and of the others a few for the sake of their number, if there is room for them; prompts
-        without any free their slots, and leave when half the slots are free. Args: num_new: rows about to come."""
+        """Live rows stay, and of the others a few for the sake of their number; prompts without any free their slots,
+        and leave when half the slots are free. Args: num_new: rows about to come."""
         k = self._work.num_samples
         if not live:
             self._rows, self._places, self._spans, self._cache = [], [], [], self._empty_cache()
             return
-        ended = sorted(set(range(len(self._rows))).difference(live))
-        count = len(live) + num_new
-        kept = sorted([*live, *ended[: max(min(filler(count), self._work.max_rows - count), 0)]])
+        kept = sorted([*live, *self._fillers(live, num_new)])
         rows = None if len(kept) == len(self._rows) else torch.tensor(kept, device=self._device)
         self._rows, self._places = [self._rows[n] for n in kept], [self._places[n] for n in kept]
         used = sorted({place // k for place in self._places})
@@ -210,12 +208,29 @@ class _SharedLoop:
             self._places = [number[place // k] * k + place % k for place in self._places]
         self._cache.keep(rows, slots)
 
+    def _fillers(self, live: Sequence[int], num_new: int) -> list[int]:
+        """Numbers of ended rows that stay, on a CPU, if there is room for them (see `runtime.filling`): those whose
+        prompt has live ones, and the shortest, for all rows read caches as wide as the widest."""
+        if self._device.type != "cpu" or (num_new and self._work.max_tokens is not None):
+            return []
+        k, count = self._work.num_samples, len(live) + num_new
+        slots = {self._places[number] // k for number in live}
+        ended = sorted(
+            set(range(len(self._rows))).difference(live),
+            key=lambda number: (self._places[number] // k not in slots, len(self._rows[number].token_ids)),
+        )
+        return ended[: max(min(filler(count), self._work.max_rows - count), 0)]
+
+    def _filled_width(self, prompts: Sequence[int]) -> int:
+        """Tokens of a prompt in a pass over several, padding included."""
+        width = max(len(self._work.prompts[prompt]) for prompt in prompts)
+        return width + (filler(width) if self._device.type == "cpu" else 0)
+
     def _prefill(self, prompts: Sequence[int]) -> Iterator[Row]:
         """Compute the prompts, give them slots, draw their rows' first tokens."""
         k = self._work.num_samples
         texts = [self._work.prompts[prompt] for prompt in prompts]
-        width = max(map(len, texts))
-        ids, mask = (t.to(self._device) for t in left_padded(texts, width=width + filler(width)))
+        ids, mask = (t.to(self._device) for t in left_padded(texts, width=self._filled_width(prompts)))
         given = prompt_inputs(self._model, ids, mask, self._work.images_of(prompts))
         computed = DynamicCache(config=self._model.config)
         logits = self._model(

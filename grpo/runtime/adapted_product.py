@@ -1,8 +1,8 @@
-"""A linear layer's product with its adapter's part in it, rounded once.
+"""A linear layer's product with its adapter's part in it before it is rounded. Knows peft's layers; knows no model.
 
 In bfloat16 a layer's output lies on a coarse grid already, and what a young adapter adds is less than half of a step of
-that grid: added afterwards, most of it would be gone. So the adapter's part is computed first, and the large product is
-added up on top of it in float32, before there is any rounding.
+that grid: added afterwards, most of it would be gone. So the adapter's part, rounded in its own size, comes first, and
+the large product is added up on top of it in float32; a bias is added last.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Conv1D, Linear  # pyright: ignore[reportPrivateImportUsage]  # transformers' own
 from torch import Tensor, nn
 
 
@@ -47,7 +47,7 @@ def adapted_product(inputs: Tensor, matrix: Tensor, bias: Tensor | None, factors
         outputs = _product(flat, matrix.to(dtype), factors)
         if bias is not None:  # last: added to the adapter's part first, it would swallow it
             outputs = outputs + bias.to(dtype)
-    return outputs.view(*inputs.shape[:-1], -1)
+    return outputs.view(*inputs.shape[:-1], matrix.shape[1])
 
 
 def _product(inputs: Tensor, matrix: Tensor, factors: Factors | None) -> Tensor:
@@ -66,7 +66,7 @@ def _with_adapter(inputs: Tensor, matrix: Tensor, down: Tensor, up: Tensor, scal
 
 
 def _onto(start: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """start + left right, rounded once; overwrites start, unless it takes part in a gradient."""
+    """start + left right, rounded at the end; overwrites start, unless it takes part in a gradient."""
     return torch.addmm(start, left, right) if torch.is_grad_enabled() else start.addmm_(left, right)
 
 
@@ -109,10 +109,11 @@ def factors_of(layer: Any) -> Factors:
 
 
 def round_once(model: nn.Module) -> None:
-    """peft's layers of linear layers take the product above, where it is theirs: no DoRA, no dropout; packed weights
-    keep the product that unpacks them."""
+    """peft's layers of linear layers take the product above, where it is theirs: no DoRA, no dropout, no layer with a
+    product of its own; packed weights keep the product that unpacks them."""
     for module in model.modules():
-        if type(module) is Linear and not module.lora_variant and _never_drops(module):
+        is_plain = type(module) is Linear and type(module.get_base_layer()) in (nn.Linear, Conv1D)
+        if is_plain and not module.lora_variant and _never_drops(module):
             module.__class__ = AdaptedLinear
 
 

@@ -111,8 +111,8 @@ class Terms:
         return warmed + self.width * self.in_full
 
     def engine_copy(self) -> int:
-        """The engine's own weights: vLLM's are all its own, ours those that training changes, and what is not packed of
-        the policy's; a server's are not in this process."""
+        """The engine's own weights: vLLM's are all its own, ours those that training changes, and what the policy has
+        packed; a server's are not in this process."""
         engine, shape, trainable = self.config.rollout.engine.type, self.shape, self.config.trainable
         if engine == "vllm_server":
             return 0
@@ -121,7 +121,7 @@ class Terms:
         parts = self.learning_parts
         adapted = parts.linears if parts else shape.adapted(trainable) if isinstance(trainable, LoraTrainable) else ()
         merged = shape.layers * sum(linear.inputs * linear.outputs for linear in adapted)
-        return self.width * max(min(merged + self.in_full, shape.parameters), self.packed)
+        return self.width * min(max(merged, self.packed) + self.in_full, shape.parameters)
 
     @property
     def has_filters(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grpo.config import LoraTrainable
+from grpo.runtime.filling import filler
 from grpo.runtime.memory_model import Linear
 from grpo.runtime.memory_terms import FULL, MIB, Terms
 
@@ -35,7 +36,8 @@ class UpdateTerms:
         rows = self.terms.rows
         if not self.terms.shape.shares_prompts:
             return rows.rows * (rows.prompt_tokens + rows.completion_tokens)
-        return rows.prompts * rows.prompt_tokens + self.own_tokens
+        tokens = rows.prompts * rows.prompt_tokens + self.own_tokens
+        return tokens + (filler(tokens) if self.terms.is_cpu else 0)
 
     @property
     def own_tokens(self) -> int:

@@ -1,7 +1,7 @@
 """Some hidden states through a language-model head: values per row, and derivatives by the states.
 
 What is done to logits is passes over [tokens, V], and on a CPU a pass costs what it moves: so they go a few rows at a
-time, which fit in a cache, between two products of many rows.
+time, which fit in a cache, between two products of many rows. Knows tensors; knows no model and no batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo.update.filling import filler
+from grpo.runtime.filling import filler
 
 CACHED_ROWS = 8
 """Rows of logits that a CPU goes through at a time: 1.5 MB of 49,152 of them."""
@@ -53,8 +53,10 @@ class Head:
 
     def product(self, hidden: Tensor) -> Tensor:
         """[C', V] hidden @ weight.T, in the weight's dtype; on a CPU with rows of 0 behind the C."""
-        behind = filler(len(hidden)) if hidden.device.type == "cpu" else 0
-        return F.pad(hidden.to(self.weight.dtype), (0, 0, 0, behind)) @ self.weight.T
+        hidden = hidden.to(self.weight.dtype)
+        if hidden.device.type == "cpu" and (behind := filler(len(hidden))):
+            hidden = F.pad(hidden, (0, 0, 0, behind))
+        return hidden @ self.weight.T
 
     def blocks(self, hidden: Tensor) -> Iterator[slice]:
         """Rows that are gone through at a time. A card, and processors, want all at once."""

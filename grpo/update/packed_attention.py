@@ -36,23 +36,25 @@ def packed_row_attention(
     """Attention of a packed row, as transformers calls it.
 
     Args:
-        query: [1, heads, N, D]
-        key, value: [1, key-value heads, N, D]
+        query: [1, heads, N', D]
+        key, value: [1, key-value heads, N', D]
         attention_mask: none is made for an attention of our own.
     Returns:
-        [1, N, heads, D], and no weights.
+        [1, N', heads, D], 0 for what only fills up the row, and no weights.
     """
     attend = {"plain": _plain, "fused": _fused, "varlen": _varlen}[packed_row.kernel]
-    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # [N, heads, D]
-    return attend(packed_row, query, key, value, scaling, softcap)[None], None
+    tokens, filled = len(packed_row.places), query.shape[2]
+    query, key, value = (states[0].transpose(0, 1)[:tokens] for states in (query, key, value))  # [N, heads, D]
+    found = attend(packed_row, query, key, value, scaling, softcap)
+    if tokens < filled:
+        found = F.pad(found, (0, 0, 0, 0, 0, filled - tokens))
+    return found[None], None
 
 
 def _plain(row: PackedRow, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None) -> Tensor:
     """Scores held whole. Returns [N, heads, D]."""
     tiles = row.tiles(heads=query.shape[1], kv_heads=key.shape[1])
-    query, key, value = (states[: len(row.places)] for states in (query, key, value))
-    found = tiled_attention(query, key, value, tiles, scaling=scaling, softcap=softcap)
-    return F.pad(found, (0, 0, 0, 0, 0, row.token_ids.shape[1] - len(found)))
+    return tiled_attention(query, key, value, tiles, scaling=scaling, softcap=softcap)
 
 
 def _fused(row: PackedRow, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.batching import MicroBatch
-from grpo.update.filling import filler
+from grpo.runtime.filling import filler
 from grpo.update.tiled_attention import Tiles
 
 Kernel = Literal["plain", "fused", "varlen"]
@@ -64,7 +64,7 @@ class PackedRow:
     """
 
     token_ids: Tensor
-    """[1, N'], the N tokens and what fills up, which attends to nothing and predicts nothing."""
+    """[1, N'], the N tokens and, on a CPU, what fills up (`runtime.filling`): attends to nothing, predicts nothing."""
     position_ids: Tensor
     """[1, N']"""
     places: Tensor
@@ -110,10 +110,12 @@ class PackedRow:
         positions = is_prompt.sum(dim=1)[batch.prompt_of_row][:, None] + torch.arange(columns, device=device)  # [B, T]
         token_ids = torch.cat([batch.prompt_ids[is_prompt], in_slots(batch.completion_ids[:, :-1])[is_token]])
         position_ids = torch.cat([prompt_positions[is_prompt], in_slots(positions)[is_token]])
-        behind = filler(len(places)) if kernel == "plain" else 0  # the CPU's
+        if device.type == "cpu" and (behind := filler(len(places))):
+            token_ids = torch.cat([token_ids, token_ids[:1].expand(behind)])
+            position_ids = F.pad(position_ids, (0, behind))
         return cls(
-            token_ids=F.pad(token_ids, (0, behind))[None],
-            position_ids=F.pad(position_ids, (0, behind))[None],
+            token_ids=token_ids[None],
+            position_ids=position_ids[None],
             places=places,
             predicting=torch.cat([last[batch.prompt_of_row][:, None], own], dim=1),
             prompt_mask=is_prompt,

@@ -83,11 +83,11 @@ def _packed_states(model: PreTrainedModel, batch: MicroBatch) -> Tensor:
     with attention_of(model, ATTENTION):
         states = model.base_model(
             input_ids=row.token_ids,
-            attention_mask=torch.ones_like(row.token_ids),  # nothing is padding
+            attention_mask=torch.ones_like(row.token_ids),  # the attention knows what only fills up
             position_ids=row.position_ids,
             use_cache=False,
             packed_row=row,
-        ).last_hidden_state  # [1, N, H]
+        ).last_hidden_state  # [1, N', H]
     return states[0][row.predicting]
 
 

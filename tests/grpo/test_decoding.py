@@ -17,6 +17,7 @@ from grpo.errors import OutOfMemory
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.decoding import Work
 from grpo.rollout.transformers_engine import TransformersEngine
+from grpo.runtime.filling import filler
 from grpo.runtime.policy import Policy
 from grpo.types import RolloutGroup
 
@@ -100,6 +101,20 @@ def test_waiting_prompts_take_the_room_of_rows_that_ended(policy: Policy, tiny_m
     computed = sum(rows for rows, tokens in sizes if tokens == 1)
     # every token but a row's first takes a row of a step; of the rest, at most a quarter is thrown away
     assert computed <= 1.25 * (num_tokens - 24) + 8
+
+
+def test_ended_rows_that_stay_for_the_sake_of_their_number_change_no_completion(
+    policy: Policy, tiny_model_dir: Path
+) -> None:
+    engine = make_engine(policy, tiny_model_dir)
+    sizes = forward_sizes(engine)
+    wide = list(engine.sample(encoded(20), 3, params=PARAMS, seed=4))
+    steps = [rows for rows, tokens in sizes if tokens == 1]
+    assert len({rows for rows in steps if rows > 32}) > 1
+    assert all(filler(rows) == 0 for rows in steps)
+    assert all(filler(tokens) == 0 for _, tokens in sizes)
+    narrow = list(make_engine(policy, tiny_model_dir, max_rows=7).sample(encoded(20), 3, params=PARAMS, seed=4))
+    assert by_prompt(wide) == by_prompt(narrow)
 
 
 @pytest.mark.parametrize(

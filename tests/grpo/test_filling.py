@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grpo.update.filling import filler
+from grpo.runtime.filling import filler
 
 
 def test_at_most_a_sixteenth_is_added_and_few_sizes_are_left() -> None:

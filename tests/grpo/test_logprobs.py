@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grpo.update.logprobs import Process, logprobs_under_both_laws, plain_logprobs, token_logprobs
 
-N, HIDDEN, V = 7, 5, 11
+N, HIDDEN, V = 41, 5, 11  # of several blocks of rows, and one to fill up
 
 
 def make_inputs(dtype: torch.dtype = torch.float64, *, n: int = N) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -257,7 +257,7 @@ def test_a_temperature_that_is_not_positive_is_refused(temperature: float) -> No
 
 def test_hidden_states_and_targets_of_different_lengths_are_refused() -> None:
     hidden, head, _, targets = make_inputs()
-    with pytest.raises(ValueError, match="7 hidden states for 6 targets"):
+    with pytest.raises(ValueError, match="41 hidden states for 40 targets"):
         token_logprobs(hidden, head, targets[:-1])
 
 

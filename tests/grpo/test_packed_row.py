@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo.batching import MicroBatch
+from grpo.runtime.filling import filler
 from grpo.update.packed_attention import packed_row_attention
 from grpo.update.packed_row import Kernel, PackedRow, Sequences
 from grpo.update.shared_prefix import kernel_for
@@ -29,7 +30,7 @@ EVEN = [
 END_TOKENS = [make_group([{"a": 1.0}, {"a": 0.0}], lengths=[1, 1], prompt_length=4, seed=4)]
 LONG = [  # of several tiles, the last one of another size
     make_group([{"a": 1.0}, {"a": 0.0}], lengths=[3, 6], prompt_length=2 * PROMPT_TILE + 9, seed=5),
-    make_group([{"a": 1.0}, {"a": 0.0}], lengths=[2, 2], prompt_length=PROMPT_TILE - 2, seed=6),
+    make_group([{"a": 1.0}, {"a": 0.0}], lengths=[2, 4], prompt_length=PROMPT_TILE - 2, seed=6),
 ]
 ROWS = {"ragged": RAGGED, "even": EVEN, "end tokens alone": END_TOKENS, "long": LONG}
 
@@ -161,6 +162,12 @@ def test_a_row_holds_every_prompt_once_and_every_completion_but_its_last_token()
     # the first token of a completion is predicted by its prompt's last
     assert row.predicting[:, 0].tolist() == [2, 2, 4, 4, 4]
     assert row.predicting[0].tolist() == [2, 5, 6, 7, 8]
+
+
+def test_a_long_row_is_filled_up_with_tokens_that_predict_nothing() -> None:
+    row = PackedRow.of(micro_of("long"), "plain")
+    assert row.token_ids.shape[1] == len(row.places) + filler(len(row.places)) > len(row.places)
+    assert int(row.predicting.max()) < len(row.places)
 
 
 def test_the_keys_of_a_sequence_are_its_prompts_and_its_own() -> None:

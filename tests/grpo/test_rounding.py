@@ -9,6 +9,7 @@ import torch
 from builders import make_policy
 from torch import Tensor
 
+from grpo.rollout.model_copy import engine_model, take_weights
 from grpo.runtime.rounding import dithered
 from grpo.runtime.trainable import lora_layers
 
@@ -40,15 +41,19 @@ def test_a_value_goes_to_a_neighbour_always_the_same_and_one_on_the_grid_stays()
     assert bool(dithered(torch.tensor([torch.nan])).isnan())
 
 
-def test_merged_weights_have_the_adapter_of_one_small_step(tiny_model_dir: Path) -> None:
+def test_an_engines_model_has_the_adapter_of_one_small_step(tiny_model_dir: Path) -> None:
     policy = make_policy(tiny_model_dir, dtype=torch.bfloat16)
-    before = {name: weight.clone() for name, weight in policy.merged_weights()}
+    engine = engine_model(policy)
+    before = {name: weight.clone() for name, weight in engine.named_parameters()}
+    shared = {name: weight.clone() for name, weight in policy.causal_lm.named_parameters() if not weight.requires_grad}
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in policy.trainable_parameters().items():
             if "lora_B" in name:  # what AdamW's first step at 2e-4 makes of zeros
                 parameter.copy_(2e-4 * torch.randn(parameter.shape, generator=generator).sign())
-    after = dict(policy.merged_weights())
+    take_weights(engine, policy)
+    assert all(torch.equal(policy.causal_lm.get_parameter(name), weight) for name, weight in shared.items())
+    after = dict(engine.named_parameters())
     kept, whole = 0.0, 0.0
     for name, layer in lora_layers(policy.causal_lm).items():
         delta = layer.get_delta_weight("default").detach()  # pyright: ignore[reportAttributeAccessIssue]

@@ -17,6 +17,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from grpo.batching import MicroBatch, TrainBatch
 from grpo.config import KlConfig, UpdateConfig
 from grpo.rollout.base import SamplingParams
+from grpo.runtime.filling import filler
 from grpo.runtime.policy import Policy, dropout_off
 from grpo.types import ScoredGroup
 from grpo.update.forward import policy_pass, reference_logprobs
@@ -188,7 +189,8 @@ def test_prompt_tokens_get_no_gradient(tiny_model_dir: Path) -> None:
     for prompt_tokens in micro.prompt_mask.sum(dim=1).tolist():
         expected += [False] * (prompt_tokens - 1) + [True]
     expected += [True] * int((micro.completion_mask.sum(dim=1) - 1).sum())  # the last token predicts nothing
-    assert touched == expected + [False] * (len(touched) - len(expected))  # nor does what fills up the row
+    assert touched == expected + [False] * filler(len(expected))  # nor does what fills up the row
+    assert filler(len(expected)) > 0
 
 
 def kept_outputs(policy: Policy, micro: MicroBatch) -> list[Any]:
