@@ -202,7 +202,11 @@ class UpdateTerms:
         terms, vocabulary = self.terms, self.terms.shape.vocabulary
         rows = min(CHUNK_TOKENS, terms.rows.loss_tokens)
         changes = replays and (terms.has_filters or terms.has_processors)
-        in_full = 2 * FULL + (28 if replays and terms.has_filters else 0)
+        in_full = 2 * FULL
+        if (
+            replays and terms.has_filters
+        ):  # beside the plain law's derivative; in full precision, raw ones are the product
+            in_full = 28 + FULL + (FULL if terms.width < FULL else 0)
         if replays and terms.trains_head:  # its gradient's turn: the whole chunk again, in full precision as it comes
             return vocabulary * rows * in_full
         at_once = rows if changes or not terms.is_cpu else min(rows, CACHED_ROWS)
