@@ -112,8 +112,9 @@ def round_once(model: nn.Module) -> None:
     """peft's layers of linear layers take the product above, where it is theirs: no DoRA, no dropout, no layer with a
     product of its own; packed weights keep the product that unpacks them."""
     for module in model.modules():
-        is_plain = type(module) is Linear and type(module.get_base_layer()) in (nn.Linear, Conv1D)
-        if is_plain and not module.lora_variant and _never_drops(module):
+        if type(module) is not Linear or module.lora_variant or not _never_drops(module):
+            continue
+        if type(module.get_base_layer()) in (nn.Linear, Conv1D):
             module.__class__ = AdaptedLinear
 
 
