@@ -135,6 +135,11 @@ class _Drawing:
         )
 
 
+def fills_up(model: PreTrainedModel) -> bool:
+    """Whether rows and prompts come in few sizes (see `runtime.filling`): in half precision on a CPU."""
+    return model.device.type == "cpu" and model.dtype.itemsize < torch.float32.itemsize
+
+
 class _SharedLoop:
     """State of `decode_shared`: prompts in slots, K places to a slot, a row at one of its prompt's places."""
 
@@ -209,9 +214,9 @@ class _SharedLoop:
         self._cache.keep(rows, slots)
 
     def _fillers(self, live: Sequence[int], num_new: int) -> list[int]:
-        """Numbers of ended rows that stay, on a CPU, if there is room for them (see `runtime.filling`): those whose
-        prompt has live ones, and the shortest, for all rows read caches as wide as the widest."""
-        if self._device.type != "cpu" or (num_new and self._work.max_tokens is not None):
+        """Numbers of ended rows that stay, if there is room for them (see `fills_up`): those whose prompt has live
+        ones, and the shortest, for all rows read caches as wide as the widest."""
+        if not fills_up(self._model) or (num_new and self._work.max_tokens is not None):
             return []
         k, count = self._work.num_samples, len(live) + num_new
         slots = {self._places[number] // k for number in live}
@@ -224,7 +229,7 @@ class _SharedLoop:
     def _filled_width(self, prompts: Sequence[int]) -> int:
         """Tokens of a prompt in a pass over several, padding included."""
         width = max(len(self._work.prompts[prompt]) for prompt in prompts)
-        return width + (filler(width) if self._device.type == "cpu" else 0)
+        return width + (filler(width) if fills_up(self._model) else 0)
 
     def _prefill(self, prompts: Sequence[int]) -> Iterator[Row]:
         """Compute the prompts, give them slots, draw their rows' first tokens."""

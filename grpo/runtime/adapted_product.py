@@ -110,11 +110,13 @@ def factors_of(layer: Any) -> Factors:
 
 def round_once(model: nn.Module) -> None:
     """peft's layers of linear layers take the product above, where it is theirs: no DoRA, no dropout, no layer with a
-    product of its own; packed weights keep the product that unpacks them."""
+    product of its own; packed weights keep the product that unpacks them. In half precision alone: in full precision a
+    sum afterwards drops nothing."""
     for module in model.modules():
         if type(module) is not Linear or module.lora_variant or not _never_drops(module):
             continue
-        if type(module.get_base_layer()) in (nn.Linear, Conv1D):
+        base: Any = module.get_base_layer()
+        if type(base) in (nn.Linear, Conv1D) and base.weight.dtype.itemsize < torch.float32.itemsize:
             module.__class__ = AdaptedLinear
 
 

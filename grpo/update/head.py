@@ -52,9 +52,10 @@ class Head:
         return self.process is not None or self.bias is not None
 
     def product(self, hidden: Tensor) -> Tensor:
-        """[C', V] hidden @ weight.T, in the weight's dtype; on a CPU with rows of 0 behind the C."""
+        """[C', V] hidden @ weight.T, in the weight's dtype; in half precision on a CPU with rows of 0 behind the C."""
         hidden = hidden.to(self.weight.dtype)
-        if hidden.device.type == "cpu" and (behind := filler(len(hidden))):
+        is_narrow = hidden.dtype.itemsize < torch.float32.itemsize
+        if is_narrow and hidden.device.type == "cpu" and (behind := filler(len(hidden))):
             hidden = F.pad(hidden, (0, 0, 0, behind))
         return hidden @ self.weight.T
 

@@ -14,6 +14,7 @@ from builders import END, encoded, make_policy
 from transformers import AutoTokenizer, Cache
 
 from grpo.errors import OutOfMemory
+from grpo.rollout import decoding
 from grpo.rollout.base import SamplingParams
 from grpo.rollout.decoding import Work
 from grpo.rollout.transformers_engine import TransformersEngine
@@ -104,8 +105,11 @@ def test_waiting_prompts_take_the_room_of_rows_that_ended(policy: Policy, tiny_m
 
 
 def test_ended_rows_that_stay_for_the_sake_of_their_number_change_no_completion(
-    policy: Policy, tiny_model_dir: Path
+    policy: Policy, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert not decoding.fills_up(make_engine(policy, tiny_model_dir)._model)
+    assert decoding.fills_up(make_engine(make_policy(tiny_model_dir, dtype=torch.bfloat16), tiny_model_dir)._model)
+    monkeypatch.setattr(decoding, "fills_up", lambda _: True)  # in float32, where a batch's size changes no completion
     engine = make_engine(policy, tiny_model_dir)
     sizes = forward_sizes(engine)
     wide = list(engine.sample(encoded(20), 3, params=PARAMS, seed=4))
@@ -113,6 +117,7 @@ def test_ended_rows_that_stay_for_the_sake_of_their_number_change_no_completion(
     assert len({rows for rows in steps if rows > 32}) > 1
     assert all(filler(rows) == 0 for rows in steps)
     assert all(filler(tokens) == 0 for _, tokens in sizes)
+    monkeypatch.undo()
     narrow = list(make_engine(policy, tiny_model_dir, max_rows=7).sample(encoded(20), 3, params=PARAMS, seed=4))
     assert by_prompt(wide) == by_prompt(narrow)
 

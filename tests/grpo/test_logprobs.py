@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grpo.update.logprobs import Process, logprobs_under_both_laws, plain_logprobs, token_logprobs
 
-N, HIDDEN, V = 41, 5, 11  # of several blocks of rows, and one to fill up
+N, HIDDEN, V = 41, 5, 11  # of several blocks of rows
 
 
 def make_inputs(dtype: torch.dtype = torch.float64, *, n: int = N) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -21,7 +21,6 @@ from grpo.diagnostics.gradflow import gradient_flow
 from grpo.errors import CheckpointError, ConfigError
 from grpo.rollout.model_copy import engine_model, take_weights
 from grpo.rollout.vllm_sync import choose_sync, whole_weights
-from grpo.runtime.adapted_product import round_once
 from grpo.runtime.model_parts import is_encoder_decoder, model_parts
 from grpo.runtime.models import load_model
 from grpo.runtime.policy import Policy, load_parts
@@ -365,8 +364,6 @@ def test_a_saved_policy_is_taken_back_to_the_bit_and_loads_without_the_toolkit(
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     loaded = load_parts(load_model(str(tiny_model_dir), dtype=torch.float32, base_dir=tiny_model_dir), tmp_path)
-    assert torch.allclose(logits_of(loaded), logits_of(policy.causal_lm), atol=1e-6)  # peft adds in another order
-    round_once(loaded)
     assert torch.equal(logits_of(loaded), logits_of(policy.causal_lm))
 
 
