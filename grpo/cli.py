@@ -18,6 +18,7 @@ from grpo.commands.doctor import doctor
 from grpo.commands.judge import judge
 from grpo.commands.memory import bench, plan
 from grpo.commands.verify import verify
+from grpo.runtime.waiting import waiting
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 OTHERS_GRACE_S = 5.0
@@ -187,8 +188,7 @@ def _is_main() -> bool:
 
 def main() -> None:
     """Entry point: errors raised on purpose become one message and an exit code; others keep their traceback."""
-    # spinning OpenMP threads slow everything else on the machine; read when torch is imported
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.update(waiting(os.environ))
     from grpo.errors import GrpoError, InputError, RankLost
 
     try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-# Before torch is imported: OpenMP reads its policy once, and idle threads that spin make two-core machines crawl.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from grpo.runtime.waiting import waiting
+
+os.environ.update(waiting(os.environ))  # before torch is imported, which reads it once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 

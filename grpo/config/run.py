@@ -138,7 +138,8 @@ class RunConfig(StrictModel):
     output_dir: Path
     """The run directory; must not exist yet, or use --resume. Relative to the recipe's folder."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the frozen weights and the matrix products; auto is bfloat16 where the hardware has it."""
+    """Of the frozen weights and the matrix products; auto is bfloat16 where that is the faster one: on cards
+    from Ampere on, on CPUs with AMX."""
     quantization: Literal["none", "nf4"] = "none"
     """Of the frozen linear layers: in 4 bits and multiplied in `dtype` (QLoRA, arXiv:2305.14314; bitsandbytes, the
     extra `qlora`). For adapters only. The engine's copy has the same numbers written out."""

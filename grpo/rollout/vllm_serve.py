@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from grpo.errors import ConfigError
 from grpo.rollout.vllm_facts import SERVER_EXTENSION
 from grpo.rollout.vllm_law import PROCESSOR, PROCESSORS_VARIABLE
+from grpo.runtime.waiting import waiting
 
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"  # the command `vllm` does not work with every wheel
 _FIXED = {
@@ -60,7 +61,7 @@ def environment(inherited: Mapping[str, str], processors: Sequence[str]) -> dict
         inherited: its own settings win, but for those that weight sync depends on.
         processors: logits processors of one's own that requests may name.
     """
-    defaults = {"VLLM_NO_USAGE_STATS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # idle threads that spin starve the trainer
+    defaults = {"VLLM_NO_USAGE_STATS": "1", **waiting(inherited)}  # its idle threads would starve the trainer
     fixed = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     allowed = [*filter(None, inherited.get(PROCESSORS_VARIABLE, "").split(",")), *processors]
     return {**defaults, **inherited, **fixed, PROCESSORS_VARIABLE: ",".join(dict.fromkeys(allowed))}

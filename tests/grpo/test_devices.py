@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from grpo.errors import ConfigError
-from grpo.runtime.devices import choose_attention
+from grpo.runtime.devices import choose_attention, choose_dtype
+from grpo.runtime.memory_hardware import hardware_named
 from grpo.runtime.models import has_flash_attention, load_model
 
 CPU = torch.device("cpu")
@@ -47,3 +48,16 @@ def test_auto_is_flash_attention_on_a_card_that_can_and_where_it_is_installed() 
     )
     with pytest.raises(ConfigError, match="16-bit numbers only"):
         choose_attention("flash_attention_2", torch.device("cuda", 0), torch.float32, model_has_flash=True)
+
+
+def test_auto_is_float32_on_a_cpu_that_knows_bfloat16_but_has_no_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    # its bfloat16 products are the slower ones
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for has_amx, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
+        assert choose_dtype("auto", CPU) == dtype
+        assert choose_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+def test_the_plan_and_the_run_choose_the_same_dtype_on_this_machine() -> None:
+    assert hardware_named("cpu:8").has_bfloat16 == (choose_dtype("auto", CPU) == torch.bfloat16)
