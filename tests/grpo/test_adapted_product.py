@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from builders import make_policy
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -94,6 +96,35 @@ def test_what_a_young_adapter_adds_is_there_in_bfloat16_where_a_sum_afterwards_d
     assert type(theirs) is AdaptedLinear
     assert dropped < 0.5
     assert share_kept() == pytest.approx(1.0, abs=0.1)
+
+
+def test_gradients_in_bfloat16_are_the_exact_ones_up_to_rounding_checkpointed_or_not() -> None:
+    layer = adapted(nn.Linear(INPUTS, OUTPUTS).bfloat16())
+    round_once(nn.Sequential(layer))
+    generator = torch.Generator().manual_seed(1)
+    inputs, slopes = torch.randn(300, INPUTS, generator=generator), torch.randn(300, OUTPUTS, generator=generator)
+    learned = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+
+    def found(call: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        own = inputs.clone().requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = call(own)
+        return list(torch.autograd.grad(outputs, (own, *learned), slopes.bfloat16()))
+
+    down, up = (one.detach().double() for one in learned)
+    weight: Any = layer.get_base_layer().weight
+    x, slope, scaling = inputs.double(), slopes.double(), layer.scaling["default"]
+    exact = [
+        slope @ (weight.detach().double() + scaling * up @ down),
+        scaling * (slope @ up).T @ x,
+        scaling * slope.T @ (x @ down.T),
+    ]
+    plain = found(layer)
+    assert [one.dtype for one in plain] == [torch.float32] * 3
+    for mine, true in zip(plain, exact, strict=True):
+        assert float((mine.double() - true).norm() / true.norm()) < 0.01
+    again = found(lambda own: checkpoint(layer, own, use_reentrant=False))
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
