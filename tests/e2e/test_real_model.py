@@ -102,9 +102,10 @@ def test_a_judge_over_http_scores_the_same_line(tmp_path: Path, smollm_dir: Path
         run = tmp_path / "runs" / "quickstart-judged"
         audit = rows(run / "judge_audit.jsonl")
         assert len(audit) == 2 * 16
+        asked = yaml.safe_load(recipe.read_text())["objectives"]
         for row in rows(run / "completions.jsonl"):
-            (verdict,) = row["verdicts"].values()
-            assert set(verdict["parts"]) == {"judged", "abstention_penalty", "length"}
+            ((objective, verdict),) = row["verdicts"].items()
+            assert list(verdict["parts"]) == [reward["name"] for reward in asked[objective]["rewards"]]
             assert verdict["parts"]["judged"] in {0.0, 0.5, 1.0, None}
 
 
