@@ -37,7 +37,7 @@ from growth.points import HEAD_TOKENS, HEADS, MODEL, POINT, SERIES, Point
 
 from grpo.bench.memory import ALLOCATOR, model_folder, probed
 from grpo.runtime.memory_hardware import num_threads
-from grpo.runtime.waiting import waiting
+from grpo.runtime.torch_environment import torch_environment
 
 REPEATS = 3
 QUICK = (replace(POINT, group_size=2, completion_tokens=8, vocabulary=512),)
@@ -76,7 +76,7 @@ def work(kind: str, spec: dict[str, Any], place: Path) -> dict[str, float]:
     """What `growth.work` answers, from a process of its own."""
     path = place / "work.json"
     path.write_text(json.dumps(spec))
-    environment = {**os.environ, **(ALLOCATOR if spec.get("weigh") else {}), **waiting(os.environ)}
+    environment = {**os.environ, **(ALLOCATOR if spec.get("weigh") else {}), **torch_environment(os.environ)}
     command = [sys.executable, "-m", "growth.work", kind, str(path)]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])

@@ -3,8 +3,8 @@
     python benchmarks/thread_waiting.py
 
 Small products and what follows them, as in decoding ([64, 576] by [576, 576], tanh), for some seconds in each setting;
-then in two processes at once. `grpo` sets `grpo.runtime.waiting`'s count where OMP_WAIT_POLICY is not set. Prints
-passes a second, over those of threads that sleep at once and are alone.
+then in two processes at once. Where OMP_WAIT_POLICY is not set, `grpo` takes `grpo.runtime.torch_environment`'s count.
+Prints passes a second, over those of threads that sleep at once and are alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import time
 from typing import Any
 
-from grpo.runtime.waiting import SPINS
+from grpo.runtime.torch_environment import SPINS
 
 COUNTS = {"sleep at once": 0, f"{SPINS} looks (ours)": SPINS, "300000 looks (libgomp's own)": 300_000}
 PRODUCTS = 60

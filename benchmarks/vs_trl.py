@@ -35,7 +35,7 @@ from typing import Any
 from trainer_race.pacing import RunFigures, Train, race
 from trainer_race.task import MODEL, Case, make_prompts
 
-from grpo.runtime.waiting import waiting
+from grpo.runtime.torch_environment import torch_environment
 
 CASES = {60: Case(prompt_tokens=60, steps=12), 600: Case(prompt_tokens=600, steps=4)}
 TARGETS = {60: 6.0, 600: 12.0}
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="TRL with gradient checkpointing too")
     parser.add_argument("--steps", type=int, help="of each run, in place of the cases' own")
     arguments = parser.parse_args()
-    os.environ.update(waiting(os.environ))  # the runs wait for one another
+    os.environ.update(torch_environment(os.environ))
     trainers: dict[str, Callable[[], Train]] = {"ours": ours, "trl": trl}
     if arguments.checkpointing:
         trainers["trl_checkpointing"] = trl_checkpointing

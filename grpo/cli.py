@@ -18,7 +18,7 @@ from grpo.commands.doctor import doctor
 from grpo.commands.judge import judge
 from grpo.commands.memory import bench, plan
 from grpo.commands.verify import verify
-from grpo.runtime.waiting import waiting
+from grpo.runtime.torch_environment import torch_environment
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 OTHERS_GRACE_S = 5.0
@@ -188,7 +188,7 @@ def _is_main() -> bool:
 
 def main() -> None:
     """Entry point: errors raised on purpose become one message and an exit code; others keep their traceback."""
-    os.environ.update(waiting(os.environ))
+    os.environ.update(torch_environment(os.environ))
     from grpo.errors import GrpoError, InputError, RankLost
 
     try:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from grpo.runtime.waiting import waiting
+from grpo.runtime.torch_environment import torch_environment
 
-os.environ.update(waiting(os.environ))  # before torch is imported, which reads it once
+os.environ.update(torch_environment(os.environ))  # before torch is imported, which reads it once
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 

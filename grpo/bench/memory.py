@@ -19,7 +19,7 @@ from grpo.recipe_loader import parse_recipe
 from grpo.runtime.memory import MemoryPlan, plan
 from grpo.runtime.memory_hardware import Hardware, num_threads
 from grpo.runtime.memory_model import shape_of
-from grpo.runtime.waiting import waiting
+from grpo.runtime.torch_environment import torch_environment
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """glibc hands memory back as soon as it is free: what is resident is what is in use. Its defaults keep some of it."""
@@ -140,7 +140,7 @@ def predict(case: MemoryCase, *, device: str, device_bytes: int = UNBOUNDED) -> 
 
 
 def _child(*arguments: str) -> str:
-    environment = {**os.environ, **ALLOCATOR, **waiting(os.environ)}
+    environment = {**os.environ, **ALLOCATOR, **torch_environment(os.environ)}
     done = subprocess.run(  # the module's own file, with this interpreter
         [sys.executable, "-m", "grpo.bench.probe", *arguments],
         env=environment,

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from grpo.errors import ConfigError
 from grpo.rollout.vllm_facts import SERVER_EXTENSION
 from grpo.rollout.vllm_law import PROCESSOR, PROCESSORS_VARIABLE
-from grpo.runtime.waiting import waiting
+from grpo.runtime.torch_environment import waiting
 
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"  # the command `vllm` does not work with every wheel
 _FIXED = {
