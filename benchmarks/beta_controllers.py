@@ -18,23 +18,20 @@ settle, swings, or is moved by the spike.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import platform
 import random
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from results_file import circumstances, write_results
 
 from grpo.update.beta import SMOOTHING, BandBeta, BetaController, DualBeta, FixedBeta, ProportionalBeta
 
@@ -339,15 +336,11 @@ def main() -> None:
         draw(arguments.figure)
     if arguments.json is not None:
         document = {
-            "command": " ".join(["python", *sys.argv]),
-            "machine": {"platform": platform.platform(), "machine": platform.machine(), "cores": os.cpu_count()},
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("grpo-toolkit", "matplotlib")},
+            **circumstances("matplotlib"),
             "results": [asdict(summary) for summary in summaries],
             "steady_delays": limits,
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_results(arguments.json, document)
     if complaints := failures(summaries):
         sys.exit("\n".join(complaints))
 

@@ -20,23 +20,22 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from growth.drawing import draw
 from growth.fits import fit_table, fits_of, misses
 from growth.points import HEAD_TOKENS, HEADS, MODEL, POINT, SERIES, Point
+from results_file import circumstances, held_figures, write_results
 
 from grpo.bench.memory import ALLOCATOR, model_folder, probed
-from grpo.runtime.memory_hardware import num_threads
+from grpo.runtime.devices import choose_device
 from grpo.runtime.torch_environment import torch_environment
 
 REPEATS = 3
@@ -84,7 +83,7 @@ def work(kind: str, spec: dict[str, Any], place: Path) -> dict[str, float]:
 
 def due(document: dict[str, Any], place: Path, *, is_quick: bool) -> Iterator[Callable[[], None]]:
     """What the document lacks yet, one measurement at a time; each puts its figures into it."""
-    device, dtype = document["machine"]["device"], document["machine"]["dtype"]
+    device, dtype = choose_device("auto").type, document["machine"]["dtype"]
     points = QUICK if is_quick else list(dict.fromkeys(p for series in SERIES.values() for p in series.points))
     for point in points:
 
@@ -103,41 +102,15 @@ def due(document: dict[str, Any], place: Path, *, is_quick: bool) -> Iterator[Ca
             yield measure_head
 
 
-def circumstances() -> dict[str, Any]:
-    """What all figures of a file have in common."""
-    from update_cost.measuring import native_dtype
-
-    from grpo.runtime.devices import choose_device
-
-    device = choose_device("auto")
-    return {
-        "machine": {
-            "platform": platform.platform(),
-            "cores": os.cpu_count(),
-            "threads": num_threads(),
-            "device": device.type,
-            "dtype": str(native_dtype(device)).removeprefix("torch."),
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("grpo-toolkit", "torch", "transformers", "peft")},
-    }
-
-
 def opened(path: Path | None) -> dict[str, Any]:
     """The document to go on with. Exits where the file's figures are of another machine or other versions."""
     begun: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        **circumstances(),
+        **circumstances("torch", "transformers", "peft", computes=True),
         "model": MODEL,
         "points": {},
         "heads": {},
     }
-    if path is None or not path.exists():
-        return begun
-    held = json.loads(path.read_text())
-    for key in ("machine", "versions", "model"):
-        if held.get(key) != begun[key]:
-            sys.exit(f"{path} holds figures of another {key}: {held.get(key)}, not {begun[key]}. Name another file.")
+    held = held_figures(path, begun, "machine", "versions", "model")
     return {**begun, "points": held["points"], "heads": held["heads"]}
 
 
@@ -158,7 +131,7 @@ def main() -> None:
                 break
             measure()
             if arguments.json is not None:
-                arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+                write_results(arguments.json, document)
     fits = list(fits_of(document))
     print(fit_table(fits))
     if arguments.figure is not None:

@@ -11,24 +11,20 @@ under `strict` differ. `--quick` takes a smaller model and fewer steps.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from results_file import circumstances, write_results
 from update_cost.gradients import QUICK, GradientSizes, small_updater, two_objectives
-from update_cost.measuring import native_dtype, synchronise
+from update_cost.measuring import synchronise
 
 from grpo.config import FullTrainable, LoraTrainable
 from grpo.runtime.determinism import determinism
-from grpo.runtime.devices import choose_device
 
 Kind = Literal["default", "strict"]
 TRAINABLE = {"adapter": LoraTrainable(rank=16, alpha=32), "all weights": FullTrainable(type="full")}
@@ -117,22 +113,12 @@ def main() -> int:
     costs = [measure(trained, sizes) for trained in TRAINABLE]
     print(table(costs))
     if options.json:
-        device = choose_device("auto")
         document: dict[str, Any] = {
-            "command": " ".join(["python", *sys.argv]),
-            "machine": {
-                "platform": platform.platform(),
-                "cores": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                "dtype": str(native_dtype(device)),
-            },
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("grpo-toolkit", "torch", "transformers", "peft")},
+            **circumstances("torch", "transformers", "peft", computes=True),
             "sizes": asdict(sizes),
             "results": [asdict(cost) | {"ratio": cost.ratio} for cost in costs],
         }
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_results(options.json, document)
     return 0 if all(cost.strict_repeats for cost in costs) else 1
 
 

@@ -20,21 +20,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
-import json
 import logging
 import math
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from judge_load.trl_rewards import RewardFunction, trl_advantages
+from results_file import circumstances, write_results
 
 from grpo.advantages import group_advantages
 from judges import ChatRequest, EndpointConfig, JudgeConfig, JudgeUnavailable, ScriptedClient
@@ -259,15 +256,11 @@ def main() -> None:
     rows = run(is_quick=arguments.quick)
     print(table(rows))
     if arguments.json is not None:
-        packages = ("grpo-toolkit", "torch", "trl")
         document = {
-            "command": " ".join(["python", *sys.argv]),
-            "machine": {"platform": platform.platform(), "machine": platform.machine(), "cores": os.cpu_count()},
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+            **circumstances("torch", "trl"),
             "rows": rows,
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_results(arguments.json, document)
     if any(row["path"] == "ours" and row["worst"] > ROUNDING for row in rows):
         sys.exit("ours: a failed judgement has moved an advantage")
 

@@ -14,14 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import shutil
 import sys
 import tempfile
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from kill_harness.counting_judge import serve_counting
 from kill_harness.fault_trials import Place, Trial, fail_at, places_of, table
 from kill_harness.recipe import write_recipe
 from models.tiny_chat_llama import save_tiny_chat_llama
+from results_file import circumstances, command, write_results
 
 from grpo.recipe_loader import load_recipe
 from grpo.trainer import Trainer
@@ -93,19 +91,17 @@ def main() -> int:
     problems += [f"{one.place}, {one.fault}: no checkpoint is whole" for one in trials if one.left == "none"]
     print(table(trials))
     if options.table:
-        told = f"Made by `{' '.join(['python', *sys.argv])}`: {len(trials)} failures, {left_to_do} left to do."
+        told = f"Made by `{command()}`: {len(trials)} failures, {left_to_do} left to do."
         options.table.write_text(f"{told}\n\n{table(trials)}\n")
     print("\n".join(problems) or "every run that stopped names its folder, and was resumed bit for bit")
     if options.json:
         result: dict[str, Any] = {
-            "command": " ".join(["python", *sys.argv]),
-            "machine": f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}",
-            "versions": {package: version(package) for package in ("torch", "transformers", "peft", "safetensors")},
+            **circumstances("torch", "transformers", "peft", "safetensors"),
             "seconds": round(time.monotonic() - begun + before.get("seconds", 0.0), 1),
             "problems": problems,
             "trials": [asdict(trial) for trial in trials],
         }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_results(options.json, result)
     return 1 if problems else 0
 
 

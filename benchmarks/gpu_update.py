@@ -19,19 +19,16 @@ a CPU too, and checks no target: a check of the script.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from results_file import circumstances, write_results
 
 from grpo.bench.cases import MemoryCase
 from grpo.bench.memory import STAGES_OF, predict, probed
@@ -241,18 +238,11 @@ def main() -> None:
             print(table(results[-1]), flush=True)
     if arguments.json is not None:
         document = {
-            "command": " ".join(["python", *sys.argv]),
-            "machine": {
-                "platform": platform.platform(),
-                "cores": os.cpu_count(),
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                "limit_bytes": limit_bytes,
-            },
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("grpo-toolkit", "torch", "transformers", "peft")},
+            **circumstances("torch", "transformers", "peft", computes=True),
+            "limit_bytes": limit_bytes,
             "shapes": [as_json(result) for result in results],
         }
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_results(arguments.json, document)
     problems = [] if arguments.quick else [problem for result in results for problem in misses(result)]
     if problems:
         sys.exit("\n".join(problems))

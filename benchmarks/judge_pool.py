@@ -15,12 +15,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +36,7 @@ from judge_load.work import (
     scripted_client,
     serving,
 )
+from results_file import circumstances, write_results
 
 from judges import JudgeRequest
 from judges.prompts import load_rubric, render_prompt
@@ -247,14 +245,10 @@ def vars_of(load: Load) -> dict[str, Any]:
 def save(parts: dict[str, Any], path: Path) -> None:
     """Figures, machine, versions and command."""
     document = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": {"platform": platform.platform(), "machine": platform.machine(), "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("grpo-toolkit", "httpx", "pydantic")},
+        **circumstances("httpx", "pydantic"),
         "parts": parts,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    write_results(path, document)
 
 
 def main() -> None:

@@ -24,8 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import sys
 import tempfile
@@ -33,7 +31,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +40,7 @@ from kill_harness.kills import PHASES, Kill, at_any_time, at_chosen_place, in_ph
 from kill_harness.nursery import Nursery
 from kill_harness.recipe import CONCURRENCY, JUDGE_DELAY_S, write_recipe
 from models.tiny_chat_llama import save_tiny_chat_llama
+from results_file import circumstances, write_results
 
 MAX_TRIES = 8
 """Kills aimed at a phase for each one that must meet it: some come too late, and meet the next."""
@@ -97,9 +95,7 @@ def main() -> int:
     print("\n".join(problems) or "nothing differs")
     if options.json:
         result = {
-            "command": " ".join(sys.argv),
-            "machine": f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}",
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")},
+            **circumstances("torch", "transformers", "peft", "safetensors"),
             "seconds": round(time.monotonic() - begun + before.get("seconds", 0.0), 1),
             "undisturbed_s": round(campaign.undisturbed.seconds, 2),
             "questions": campaign.undisturbed.asked.total(),
@@ -107,7 +103,7 @@ def main() -> int:
             "problems": problems,
             "runs": records,
         }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_results(options.json, result)
     return 1 if problems else 0
 
 

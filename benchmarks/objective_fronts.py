@@ -15,14 +15,9 @@ works, not where anything ends.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from models.tiny_llama import END, START, VOCABULARY, numbers_as_words, tiny_llama
+from results_file import circumstances, write_results
 
 from grpo.batching import build_batch
 from grpo.config import FullTrainable, GradientsConfig, OptimConfig, UpdateConfig
@@ -293,15 +289,11 @@ def main() -> None:
         draw(runs, arguments.figure)
     if arguments.json is not None:
         document = {
-            "command": " ".join(["python", *sys.argv]),
-            "machine": {"platform": platform.platform(), "machine": platform.machine(), "cores": os.cpu_count()},
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("grpo-toolkit", "torch", "transformers", "matplotlib")},
+            **circumstances("torch", "transformers", "matplotlib"),
             "results": [asdict(summary) for summary in summaries],
             "runs": [asdict(run) for run in runs],
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_results(arguments.json, document)
 
 
 if __name__ == "__main__":

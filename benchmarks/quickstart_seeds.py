@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
+from results_file import circumstances, write_results
 
 from grpo.diagnostics.plots import readme_figure
 from grpo.metrics import read_metrics
@@ -120,13 +118,10 @@ def main() -> None:
         write_figure(arguments.runs.absolute() / f"seed-{seeds[0]}", arguments.figure)
     if arguments.json is not None:
         document = {
-            "command": " ".join(["python", *sys.argv]),
-            "machine": {"platform": platform.platform(), "machine": platform.machine(), "cores": os.cpu_count()},
-            "versions": {name: version(name) for name in ("grpo-toolkit", "torch", "transformers", "peft")},
+            **circumstances("torch", "transformers", "peft", computes=True),
             "results": results,
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_results(arguments.json, document)
     if not arguments.quick and successes < 0.8 * len(results):
         sys.exit(1)
 

@@ -17,20 +17,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from results_file import circumstances, write_results
 from torch import Tensor
 from transformers import (
     ContinuousBatchingConfig,
@@ -370,22 +368,11 @@ def misses(results: Sequence[Result]) -> list[str]:
 
 def save(results: Sequence[Result], path: Path) -> None:
     """Figures, machine, versions and command; after each case, for the whole takes half an hour."""
-    device = choose_device("auto")
     document = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": {
-            "platform": platform.platform(),
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "dtype": str(choose_dtype("auto", device)),
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("grpo-toolkit", "torch", "transformers", "peft")},
+        **circumstances("torch", "transformers", "peft", computes=True),
         "results": [asdict(result) for result in results],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    write_results(path, document)
 
 
 def quick(case: Case) -> Case:

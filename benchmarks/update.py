@@ -17,22 +17,15 @@ pass; time afterwards, all cases in turn in one process, so that a slow moment o
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from results_file import circumstances, write_results
 from update_cost import gradients, head, whole_step
-from update_cost.measuring import native_dtype
-
-from grpo.runtime.devices import choose_device
 
 
 def run_head(quick: bool) -> tuple[dict[str, Any], list[str]]:
@@ -91,27 +84,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes: a check of the script")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what to measure")
     arguments = parser.parse_args()
-    device = choose_device("auto")
     document: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": {
-            "platform": platform.platform(),
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "dtype": str(native_dtype(device)),
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("grpo-toolkit", "torch", "transformers", "trl", "peft")},
+        **circumstances("torch", "transformers", "trl", "peft", computes=True),
     }
     complaints: list[str] = []
     for part in arguments.parts:
         document[part], missed = PARTS[part](arguments.quick)
         complaints += missed
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_results(arguments.json, document)
     if complaints:
         sys.exit("\n".join(complaints))
 

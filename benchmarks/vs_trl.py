@@ -20,18 +20,16 @@ file holds; `--quick` is a check of the script, without targets.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from results_file import circumstances, command, held_figures, write_results
 from trainer_race.pacing import RunFigures, Train, race
 from trainer_race.task import MODEL, Case, make_prompts
 
@@ -158,46 +156,23 @@ def main() -> None:
     trainers: dict[str, Callable[[], Train]] = {"ours": ours, "trl": trl}
     if arguments.checkpointing:
         trainers["trl_checkpointing"] = trl_checkpointing
-    known: dict[int, dict[str, Any]] = {}
-    if arguments.json is not None and arguments.json.exists():
-        known = {case["prompt_tokens"]: case for case in json.loads(arguments.json.read_text())["cases"]}
+    begun = {**circumstances("torch", "transformers", "trl", "peft", computes=True), "cases": []}
+    document = begun | {"cases": held_figures(arguments.json, begun, "machine", "versions")["cases"]}
+    known: dict[int, dict[str, Any]] = {case["prompt_tokens"]: case for case in document["cases"]}
     for prompt_tokens in arguments.cases:
         case = CASES[prompt_tokens]
         if arguments.steps:
             case = replace(case, steps=arguments.steps)
         if arguments.quick:
             case = replace(case, prompts=2, group_size=2, new_tokens=4, steps=2)
-        known[prompt_tokens] = measure(case, trainers) | {"command": " ".join(["python", *sys.argv])}
-        cases = [known[tokens] for tokens in sorted(known)]
-        print(f"{table(cases)}\n", flush=True)
+        known[prompt_tokens] = measure(case, trainers) | {"command": command()}
+        document["cases"] = [known[tokens] for tokens in sorted(known)]
+        print(f"{table(document['cases'])}\n", flush=True)
         if arguments.json is not None:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(document(cases), indent=1) + "\n")
+            write_results(arguments.json, document)
     complaints = [line for tokens in arguments.cases for line in misses(known[tokens])]
     if complaints and not arguments.quick:
         sys.exit("\n".join(complaints))
-
-
-def document(cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the JSON file holds."""
-    import torch
-    from update_cost.measuring import native_dtype
-
-    from grpo.runtime.devices import choose_device
-
-    device = choose_device("auto")
-    return {
-        "machine": {
-            "platform": platform.platform(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "dtype": str(native_dtype(device)),
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("grpo-toolkit", "torch", "transformers", "trl", "peft")},
-        "cases": cases,
-    }
 
 
 if __name__ == "__main__":

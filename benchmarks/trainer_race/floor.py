@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 from trainer_race.task import MODEL, Case
-from update_cost.measuring import native_dtype
 
-from grpo.runtime.devices import choose_device
+from grpo.runtime.devices import choose_device, choose_dtype
 from grpo.runtime.memory_model import ModelShape, read_shape
 
 ROUNDS = 12
@@ -45,7 +44,7 @@ def matrix_rate(shape: ModelShape, rows: int) -> float:
     Over as many weights and inputs as the model has blocks, so that they come from memory as they do in a pass.
     """
     device = choose_device("auto")
-    dtype = native_dtype(device)
+    dtype = choose_dtype("auto", device)
     pairs = [
         (
             torch.randn(rows, shape.hidden).to(device, dtype),

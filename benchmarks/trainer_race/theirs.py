@@ -18,9 +18,8 @@ from trainer_race.task import ALPHA, BETA, LEARNING_RATE, MODEL, RANK, Case, Ste
 from transformers import TrainerCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
-from update_cost.measuring import native_dtype
 
-from grpo.runtime.devices import choose_device
+from grpo.runtime.devices import choose_device, choose_dtype
 from grpo.runtime.models import load_model, load_tokenizer
 
 
@@ -77,7 +76,7 @@ class Paced(TrainerCallback):
 def train(case: Case, prompts: Sequence[str], pace: Pace, *, checkpoints: bool = False) -> None:
     """case.steps steps; a micro-batch is one group of 8, which is its default."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    dtype = native_dtype(choose_device("auto"))
+    dtype = choose_dtype("auto", choose_device("auto"))
     arguments = GRPOConfig(
         output_dir=tempfile.gettempdir(),  # TRL wants a folder; nothing is written there
         report_to="none",

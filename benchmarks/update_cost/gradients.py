@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from update_cost.groups import END, random_groups
-from update_cost.measuring import Result, native_dtype, peak_of, synchronise, times_of
+from update_cost.measuring import Result, peak_of, synchronise, times_of
 
 from grpo.batching import TrainBatch, build_batch
 from grpo.config import FullTrainable, GradientsConfig, LoraTrainable, OptimConfig, UpdateConfig
 from grpo.rollout.base import SamplingParams
-from grpo.runtime.devices import choose_device
+from grpo.runtime.devices import choose_device, choose_dtype
 from grpo.runtime.policy import Policy
 from grpo.update.beta import FixedBeta
 from grpo.update.gradients import GradientWindow
@@ -81,7 +81,8 @@ def small_updater(sizes: GradientSizes, trainable: LoraTrainable | FullTrainable
         num_key_value_heads=2,
     )
     model = LlamaForCausalLM(config)
-    nn.Module.to(model, device=device, dtype=native_dtype(device))  # transformers wraps its own, and hides its types
+    # transformers wraps its own, and hides its types
+    nn.Module.to(model, device=device, dtype=choose_dtype("auto", device))
     return Updater(
         Policy(model, trainable, seed=0),
         {name: FixedBeta(value=0.02) for name in OBJECTIVES},

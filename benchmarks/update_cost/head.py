@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import selective_log_softmax_and_entropy
-from update_cost.measuring import Result, native_dtype, peak_of, times_of
+from update_cost.measuring import Result, peak_of, times_of
 
-from grpo.runtime.devices import choose_device
+from grpo.runtime.devices import choose_device, choose_dtype
 from grpo.update.logprobs import token_logprobs
 
 HIDDEN = 576
@@ -77,7 +77,7 @@ def head_pass(case: str, vocabulary: int, tokens: int) -> Callable[[], None]:
     name, kind = case.rsplit(", ", 1)
     device = choose_device("auto")
     generator = torch.Generator(device).manual_seed(0)
-    made = partial(torch.randn, generator=generator, device=device, dtype=native_dtype(device))
+    made = partial(torch.randn, generator=generator, device=device, dtype=choose_dtype("auto", device))
     hidden = made(tokens, HIDDEN)
     head = made(vocabulary, HIDDEN).mul_(0.1)  # logits of some 2.4 either way
     targets = torch.randint(vocabulary, (tokens,), generator=generator, device=device)

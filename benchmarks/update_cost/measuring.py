@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from grpo.runtime.devices import choose_device, has_fast_bfloat16, peak_memory_bytes
+from grpo.runtime.devices import choose_device, peak_memory_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +41,6 @@ class Pass:
     seconds: float
     peak_bytes: int
     """Highest so far, above what was held before the first pass."""
-
-
-def native_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where its products are faster than those of float32."""
-    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
 
 
 def peak_of(make: Callable[[], Callable[[], object]]) -> int:

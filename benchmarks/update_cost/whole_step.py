@@ -24,12 +24,12 @@ from transformers import PreTrainedModel
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from update_cost.groups import END, random_groups
-from update_cost.measuring import Result, alternate, native_dtype
+from update_cost.measuring import Result, alternate
 
 from grpo.batching import build_batch
 from grpo.config import ClippedLossConfig, KlConfig, LoraTrainable, OptimConfig, UpdateConfig
 from grpo.rollout.base import SamplingParams
-from grpo.runtime.devices import choose_device
+from grpo.runtime.devices import choose_device, choose_dtype
 from grpo.runtime.models import load_model, load_tokenizer
 from grpo.runtime.policy import Policy
 from grpo.types import ScoredGroup
@@ -101,7 +101,7 @@ def whole_step(
         completion_tokens=COMPLETION_TOKENS,
         vocabulary=vocabulary,
     )
-    dtype = dtype or native_dtype(device)
+    dtype = dtype or choose_dtype("auto", device)
     if case == "ours":
         return our_step(scored, model=model, dtype=dtype, device=device, max_grad_norm=max_grad_norm, spread=spread)
     return trl_step(
@@ -260,7 +260,7 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
 
 def measure_agreement() -> list[Agreement]:
     """Each side's gradient, unclipped, in float32 and in the hardware's own dtype; TRL's in float32 is the measure."""
-    dtypes = dict.fromkeys((torch.float32, native_dtype(choose_device("auto"))))
+    dtypes = dict.fromkeys((torch.float32, choose_dtype("auto", choose_device("auto"))))
     gradients = {
         (case, dtype): flat(whole_step(case, groups=1, prompt_tokens=60, dtype=dtype, max_grad_norm=1e9)())
         for dtype in dtypes
