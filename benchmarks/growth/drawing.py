@@ -8,6 +8,7 @@ from pathlib import Path
 from growth.fits import Fit
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 _STAGES = ("update", "sampling", "head")
 _COLORS = {
@@ -32,9 +33,14 @@ def draw(fits: Sequence[Fit], target: Path) -> None:
                 _line(axes, fit, unit)
             axes.set(xscale="log", yscale="log", title=stage, ylabel=label)
             axes.set_xlabel("vocabulary" if stage == "head" else "tokens")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+                axis.set_minor_formatter(NullFormatter())
             if shown:
                 axes.legend(fontsize=8)
-            axes.grid(which="both", alpha=0.2)
+            axes.grid(which="major", alpha=0.3)
+    figure.suptitle("Cost of a step; dotted: linear from the first point", fontsize=11)
     figure.savefig(target)
 
 
