@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +35,7 @@ from judge_load.work import (
     scripted_client,
     serving,
 )
-from results_file import circumstances, write_results
+from results_file import circumstances, held_figures, write_results
 
 from judges import JudgeRequest
 from judges.prompts import load_rubric, render_prompt
@@ -242,15 +241,6 @@ def vars_of(load: Load) -> dict[str, Any]:
     return {"judgements": load.judgements, "low_s": load.low_s, "high_s": load.high_s, "slots": SLOTS}
 
 
-def save(parts: dict[str, Any], path: Path) -> None:
-    """Figures, machine, versions and command."""
-    document = {
-        **circumstances("httpx", "pydantic"),
-        "parts": parts,
-    }
-    write_results(path, document)
-
-
 def main() -> None:
     """Parse, run, tabulate. Exits 1 where a target is missed, but under --quick."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,15 +248,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small numbers: a check of the script")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     arguments = parser.parse_args()
-    parts: dict[str, Any] = {}
-    if arguments.json is not None and arguments.json.exists():
-        parts = json.loads(arguments.json.read_text())["parts"]  # a part that is run alone joins the others
+    begun = {**circumstances("httpx", "pydantic"), "parts": {}}
+    document = begun | {"parts": held_figures(arguments.json, begun, "machine", "versions")["parts"]}
     complaints: list[str] = []
     for name in arguments.parts:
-        parts[name], missed = PARTS[name](arguments.quick)
+        document["parts"][name], missed = PARTS[name](arguments.quick)
         complaints += missed
         if arguments.json is not None:
-            save(parts, arguments.json)
+            write_results(arguments.json, document)
     if complaints and not arguments.quick:
         sys.exit("\n".join(complaints))
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from results_file import circumstances, write_results
+from results_file import circumstances, held_figures, write_results
 from torch import Tensor
 from transformers import (
     ContinuousBatchingConfig,
@@ -366,15 +366,6 @@ def misses(results: Sequence[Result]) -> list[str]:
     return complaints
 
 
-def save(results: Sequence[Result], path: Path) -> None:
-    """Figures, machine, versions and command; after each case, for the whole takes half an hour."""
-    document = {
-        **circumstances("torch", "transformers", "peft", computes=True),
-        "results": [asdict(result) for result in results],
-    }
-    write_results(path, document)
-
-
 def quick(case: Case) -> Case:
     """A small one of the same kind."""
     return replace(case, rows=2 * case.samples, new_tokens=32 if case.is_varying else 4)
@@ -394,11 +385,10 @@ def main() -> None:
         case = quick(CASES[name]) if arguments.quick else CASES[name]
         print(json.dumps(asdict(measure(engine, name, case))))
         return
-    results: list[Result] = []
-    if arguments.json is not None and arguments.json.exists():
-        asked = {(engine, case) for engine in arguments.engines for case in arguments.cases}
-        held = [Result(**row) for row in json.loads(arguments.json.read_text())["results"]]
-        results = [result for result in held if (result.engine, result.case) not in asked]
+    begun = {**circumstances("torch", "transformers", "peft", computes=True), "results": []}
+    held = [Result(**row) for row in held_figures(arguments.json, begun, "machine", "versions")["results"]]
+    asked = {(engine, case) for engine in arguments.engines for case in arguments.cases}
+    results = [result for result in held if (result.engine, result.case) not in asked]
     for engine in arguments.engines:
         if engine == "vllm" and find_spec("vllm") is None:
             print("vllm is not installed: left out")
@@ -407,7 +397,8 @@ def main() -> None:
             results.append(measured_apart(engine, name, is_quick=arguments.quick))
             print(f"{engine}, {name}: {results[-1].speed:.0f} tokens/s", file=sys.stderr, flush=True)
             if arguments.json is not None:
-                save(results, arguments.json)
+                # after each, for the whole takes half an hour
+                write_results(arguments.json, begun | {"results": [asdict(result) for result in results]})
     print(table(results))
     if not arguments.quick and (complaints := misses(results)):
         sys.exit("\n".join(complaints))
