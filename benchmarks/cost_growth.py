@@ -40,7 +40,7 @@ from grpo.runtime.torch_environment import torch_environment
 
 REPEATS = 3
 QUICK = (replace(POINT, group_size=2, completion_tokens=8, vocabulary=512),)
-QUICK_HEADS = (512, 1024)
+QUICK_HEADS = (4096, 8192)
 
 
 def step_figures(point: Point, place: Path, *, device: str, dtype: str) -> dict[str, float]:

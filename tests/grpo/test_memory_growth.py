@@ -51,6 +51,6 @@ def test_the_script_measures_a_small_point_and_goes_on_from_its_file(tmp_path: P
     found = json.loads(path.read_text())
     (point,) = found["points"].values()
     assert min(point["update_s"], point["sampling_s"]) > 0
-    assert list(found["heads"]) == ["512", "1024"]
+    assert list(found["heads"]) == ["4096", "8192"]
     subprocess.run(command, check=True, timeout=60)  # nothing is left to measure
     assert json.loads(path.read_text())["points"] == found["points"]
