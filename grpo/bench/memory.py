@@ -21,8 +21,14 @@ from grpo.runtime.memory_hardware import Hardware, num_threads
 from grpo.runtime.memory_model import shape_of
 from grpo.runtime.torch_environment import torch_environment
 
-ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""glibc hands memory back as soon as it is free: what is resident is what is in use. Its defaults keep some of it."""
+ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+"""glibc hands memory back as soon as it is free: what is resident is what is in use. Its defaults keep some of it. Huge
+pages as in a run."""
 STAGES_OF = {
     "load": ("load", "engine"),
     "sampling": ("sampling",),
