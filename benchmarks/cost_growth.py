@@ -6,7 +6,7 @@
 One prompt with K = 8 completions of 64 tokens, and from there K = 4 to 32, prompts of 60 to 2,000 tokens, completions
 of 32 to 512, a vocabulary of 49,152 or 151,936; a Llama of random weights (6 layers of width 256) with LoRA. Each point
 takes the run's own sampling and update (reference pass, forward, backward, AdamW), in a process of its own for its
-times (fastest of 3) and in another for its peaks, less what was held before the stage. The whole step is one
+times (fastest of 7) and in another for its peaks, less what was held before the stage. The whole step is one
 micro-batch, but for "micro-batches", whose budget is 600 tokens. The head alone: 1,024 tokens, four vocabularies.
 
 A cost's growth is the slope of the straight line through the logarithms: 1 is linear. Exits 1 where one is outside of
@@ -38,7 +38,7 @@ from grpo.bench.memory import ALLOCATOR, model_folder, probed
 from grpo.runtime.devices import choose_device
 from grpo.runtime.torch_environment import torch_environment
 
-REPEATS = 3
+REPEATS = 7
 QUICK = (replace(POINT, group_size=2, completion_tokens=8, vocabulary=512),)
 QUICK_HEADS = (4096, 8192)
 
@@ -75,7 +75,7 @@ def work(kind: str, spec: dict[str, Any], place: Path) -> dict[str, float]:
     """What `growth.work` answers, from a process of its own."""
     path = place / "work.json"
     path.write_text(json.dumps(spec))
-    environment = {**os.environ, **(ALLOCATOR if spec.get("weigh") else {}), **torch_environment(os.environ)}
+    environment = {**os.environ, **(ALLOCATOR if spec.get("weigh") else {})}
     command = [sys.executable, "-m", "growth.work", kind, str(path)]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -105,7 +105,7 @@ def due(document: dict[str, Any], place: Path, *, is_quick: bool) -> Iterator[Ca
 def opened(path: Path | None) -> dict[str, Any]:
     """The document to go on with. Exits where the file's figures are of another machine or other versions."""
     begun: dict[str, Any] = {
-        **circumstances("torch", "transformers", "peft", computes=True),
+        **circumstances("torch", "transformers", "peft", device="auto"),
         "model": MODEL,
         "points": {},
         "heads": {},
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes: a check of the script")
     parser.add_argument("--limit-s", type=float, default=math.inf, help="begin nothing after so many seconds")
     arguments = parser.parse_args()
+    os.environ.update(torch_environment(os.environ))
     document = opened(arguments.json)
     end, is_done = time.monotonic() + arguments.limit_s, True
     with tempfile.TemporaryDirectory() as place:

@@ -114,7 +114,7 @@ def main() -> int:
     print(table(costs))
     if options.json:
         document: dict[str, Any] = {
-            **circumstances("torch", "transformers", "peft", computes=True),
+            **circumstances("torch", "transformers", "peft", device="auto"),
             "sizes": asdict(sizes),
             "results": [asdict(cost) | {"ratio": cost.ratio} for cost in costs],
         }

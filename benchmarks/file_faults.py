@@ -26,7 +26,7 @@ from kill_harness.counting_judge import serve_counting
 from kill_harness.fault_trials import Place, Trial, fail_at, places_of, table
 from kill_harness.recipe import write_recipe
 from models.tiny_chat_llama import save_tiny_chat_llama
-from results_file import circumstances, command, write_results
+from results_file import circumstances, command, held_figures, write_results
 
 from grpo.recipe_loader import load_recipe
 from grpo.trainer import Trainer
@@ -46,7 +46,8 @@ def main() -> int:
     )
     options = parser.parse_args()
     begun = time.monotonic()
-    before = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    here = circumstances("torch", "transformers", "peft", "safetensors")
+    before = held_figures(options.json, here, "machine", "versions")
     trials = [Trial(**{**one, "place": Place(**one["place"])}) for one in before.get("trials", [])]
     known = {(trial.place, trial.fault) for trial in trials}
     left_to_do = 0
@@ -96,7 +97,7 @@ def main() -> int:
     print("\n".join(problems) or "every run that stopped names its folder, and was resumed bit for bit")
     if options.json:
         result: dict[str, Any] = {
-            **circumstances("torch", "transformers", "peft", "safetensors"),
+            **here,
             "seconds": round(time.monotonic() - begun + before.get("seconds", 0.0), 1),
             "problems": problems,
             "trials": [asdict(trial) for trial in trials],

@@ -238,7 +238,7 @@ def main() -> None:
             print(table(results[-1]), flush=True)
     if arguments.json is not None:
         document = {
-            **circumstances("torch", "transformers", "peft", computes=True),
+            **circumstances("torch", "transformers", "peft", device=arguments.device, dtype=CASE.dtype),
             "limit_bytes": limit_bytes,
             "shapes": [as_json(result) for result in results],
         }

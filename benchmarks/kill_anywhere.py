@@ -22,7 +22,6 @@ differs, bought more than was in flight, or lacks an answer or its price in the 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import sys
@@ -40,7 +39,7 @@ from kill_harness.kills import PHASES, Kill, at_any_time, at_chosen_place, in_ph
 from kill_harness.nursery import Nursery
 from kill_harness.recipe import CONCURRENCY, JUDGE_DELAY_S, write_recipe
 from models.tiny_chat_llama import save_tiny_chat_llama
-from results_file import circumstances, write_results
+from results_file import circumstances, held_figures, write_results
 
 MAX_TRIES = 8
 """Kills aimed at a phase for each one that must meet it: some come too late, and meet the next."""
@@ -68,7 +67,8 @@ def main() -> int:
     if options.quick:
         options.kills, options.in_phase, options.at_operation = 8, 1, 1
     begun = time.monotonic()
-    before = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    here = circumstances("torch", "transformers", "peft", "safetensors")
+    before = held_figures(options.json, here, "machine", "versions")
     records: list[dict[str, Any]] = before.get("runs", [])
     with tempfile.TemporaryDirectory() as name, serve_counting(delay_s=JUDGE_DELAY_S) as judge, Nursery() as nursery:
         folder = Path(name)
@@ -95,7 +95,7 @@ def main() -> int:
     print("\n".join(problems) or "nothing differs")
     if options.json:
         result = {
-            **circumstances("torch", "transformers", "peft", "safetensors"),
+            **here,
             "seconds": round(time.monotonic() - begun + before.get("seconds", 0.0), 1),
             "undisturbed_s": round(campaign.undisturbed.seconds, 2),
             "questions": campaign.undisturbed.asked.total(),

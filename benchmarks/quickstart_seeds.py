@@ -118,7 +118,7 @@ def main() -> None:
         write_figure(arguments.runs.absolute() / f"seed-{seeds[0]}", arguments.figure)
     if arguments.json is not None:
         document = {
-            **circumstances("torch", "transformers", "peft", computes=True),
+            **circumstances("torch", "transformers", "peft", device="auto"),
             "results": results,
         }
         write_results(arguments.json, document)

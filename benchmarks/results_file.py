@@ -11,38 +11,42 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from grpo.runtime.torch_environment import torch_environment
+
 
 def command() -> str:
     """The one that this process was started with."""
     return " ".join(["python", *sys.argv])
 
 
-def circumstances(*packages: str, computes: bool = False) -> dict[str, Any]:
+def circumstances(*packages: str, device: str | None = None, dtype: str = "auto") -> dict[str, Any]:
     """The head of a document.
 
     Args:
         packages: whose versions bear on the figures, besides Python's and this project's.
-        computes: torch does, on the device and in the dtype that `auto` stands for.
+        device: where torch computes, `auto` as in a recipe; None: it does not.
+        dtype: in which it does, likewise.
     """
     names = ("grpo-toolkit", *packages)
     return {
         "command": command(),
         "machine": {"platform": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()}
-        | (_device() if computes else {}),
+        | ({} if device is None else _device(device, dtype)),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
     }
 
 
-def _device() -> dict[str, Any]:
-    import torch  # slow to import, and read at its import is how threads wait
+def _device(name: str, dtype: str) -> dict[str, Any]:
+    import torch  # imported late: it is slow, and reads the environment as it loads
 
     from grpo.runtime.devices import choose_device, choose_dtype
 
-    device = choose_device("auto")
+    device = choose_device(name)
     return {
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "dtype": str(choose_dtype("auto", device)).removeprefix("torch."),
+        "dtype": str(choose_dtype(dtype, device)).removeprefix("torch."),
+        "environment": {name: os.environ[name] for name in torch_environment({}) if name in os.environ},
     }
 
 

@@ -385,7 +385,7 @@ def main() -> None:
         case = quick(CASES[name]) if arguments.quick else CASES[name]
         print(json.dumps(asdict(measure(engine, name, case))))
         return
-    begun = {**circumstances("torch", "transformers", "peft", computes=True), "results": []}
+    begun = {**circumstances("torch", "transformers", "peft", device="auto"), "results": []}
     held = [Result(**row) for row in held_figures(arguments.json, begun, "machine", "versions")["results"]]
     asked = {(engine, case) for engine in arguments.engines for case in arguments.cases}
     results = [result for result in held if (result.engine, result.case) not in asked]

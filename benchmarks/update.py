@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what to measure")
     arguments = parser.parse_args()
     document: dict[str, Any] = {
-        **circumstances("torch", "transformers", "trl", "peft", computes=True),
+        **circumstances("torch", "transformers", "trl", "peft", device="auto"),
     }
     complaints: list[str] = []
     for part in arguments.parts:

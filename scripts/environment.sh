@@ -1,8 +1,10 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: goes to the repository's root and makes a venv hold what they need, once.
 
-# idle OpenMP threads that spin for long make everything else on the machine 20 to 40 times slower; see runtime/torch_environment.py
-export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=20000 THP_MEM_ALLOC_ENABLE=1
+# idle OpenMP threads that spin for long make everything else on the machine 20 to 40 times slower;
+# see grpo/runtime/torch_environment.py
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-20000}
+export THP_MEM_ALLOC_ENABLE=${THP_MEM_ALLOC_ENABLE:-1} # pages of 2 MiB for tensors
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 readonly TORCH_REQUIREMENT="torch==2.13.0"

@@ -28,7 +28,7 @@ ALLOCATOR = {
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 """glibc hands memory back as soon as it is free: what is resident is what is in use. Its defaults keep some of it. Huge
-pages as in a run."""
+pages as in a run. Set whatever the user's own environment says."""
 STAGES_OF = {
     "load": ("load", "engine"),
     "sampling": ("sampling",),

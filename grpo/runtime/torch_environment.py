@@ -12,7 +12,7 @@ def torch_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """What to add to an environment, for a process that computes on a CPU: `waiting`, and huge pages for tensors.
 
     Tensors of 2 MiB and more then come in pages of 2 MiB, where Linux has them on request. An update frees and takes
-    gigabytes, and in pages of 4 KiB a fault for each of them takes up to a quarter of its time.
+    gigabytes; faults for pages of 4 KiB took 30% of its time where it was measured (benchmarks/README.md).
     """
     pages = {} if "THP_MEM_ALLOC_ENABLE" in environment else {"THP_MEM_ALLOC_ENABLE": "1"}
     return waiting(environment) | pages

@@ -11,7 +11,7 @@ from results_file import circumstances, held_figures, write_results
 
 def test_a_file_names_command_machine_device_and_versions(tmp_path: Path) -> None:
     target = tmp_path / "new folder" / "figures.json"
-    write_results(target, {**circumstances("torch", computes=True), "cases": [1]})
+    write_results(target, {**circumstances("torch", device="auto"), "cases": [1]})
     document = json.loads(target.read_text())
     assert document["command"].startswith("python ")
     assert {"cores", "platform", "threads", "device"} <= set(document["machine"])

@@ -44,10 +44,10 @@ def faults_of_a_big_tensor(chosen: Mapping[str, str]) -> int:
 
 
 @pytest.mark.skipif(not PAGES.exists() or "[madvise]" not in PAGES.read_text(), reason="no huge pages on request here")
-def test_a_big_tensor_takes_a_hundredth_of_the_page_faults() -> None:
+def test_a_big_tensor_takes_less_than_a_tenth_of_the_page_faults() -> None:
     plain = faults_of_a_big_tensor({})
     assert plain > 256 * 2**20 / 4096 / 2
-    assert faults_of_a_big_tensor(torch_environment({})) < plain / 50
+    assert faults_of_a_big_tensor(torch_environment({})) < plain / 10
 
 
 def test_the_command_sets_it_before_torch_is_there() -> None:
